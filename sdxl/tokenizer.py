@@ -1,0 +1,154 @@
+"""CLIP byte-pair encoding: prompts to the 77 token ids that the text encoders read.
+
+Design:
+
+- The text is cleaned as the original CLIP does (ftfy, HTML entities twice, white space,
+  lower case) before it is split; 1 % of real prompts change ids without it.
+- The byte-pair merges run in Rust (`tokenizers`); vocabulary and pattern are the
+  original's, so that ids are equal to its ids for any text, special tokens inside the
+  text included.
+- One encoder is shared by every `Tokenizer`: they differ by the padding id only.
+- Nothing is cut in silence: the count before the cut is returned beside the ids.
+
+Sources: Radford et al. 2021 (CLIP), its released tokenizer; Sennrich et al. 2016 (BPE).
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from importlib import resources
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import tokenizers
+
+CONTEXT_LENGTH = 77
+START_ID = 49_406
+END_ID = 49_407
+SPECIALS = {"<|startoftext|>": START_ID, "<|endoftext|>": END_ID}
+
+_MERGES_FILE = "clip_bpe_merges.txt.gz"
+_MERGES = 48_894
+# Case is ignored as in the original: lower-casing leaves ſ (long s), which matches 's.
+_PATTERN = (
+    r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+)
+_CHUNK = 1024
+
+
+class Tokenizer:
+    """Turn prompts into rows of 77 ids, padded with `pad_id` (49407 or 0 in SDXL)."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode `texts` to ids (N, 77) int32 and counts (N,) int32.
+
+        A count includes the start and the end token and is taken before the cut: above
+        77 it says that the prompt was truncated. A row that is cut still ends with the
+        end token.
+        """
+        ids = np.full((len(texts), CONTEXT_LENGTH), self.pad_id, dtype=np.int32)
+        counts = np.zeros(len(texts), dtype=np.int32)
+
+        for row, tokens in enumerate(encode(texts)):
+            kept = tokens[: CONTEXT_LENGTH - 2]
+            ids[row, : len(kept) + 2] = [START_ID, *kept, END_ID]
+            counts[row] = len(tokens) + 2
+        return ids, counts
+
+
+def encode(texts: Iterable[str]) -> Iterator[list[int]]:
+    """Yield the ids of each text, without start, end, padding or cut.
+
+    Raises TypeError when given a single string, which would be read letter by letter.
+    """
+    if isinstance(texts, str):
+        raise TypeError("expected a sequence of strings, got one string")
+    model = _model()
+    stream = iter(texts)
+    while chunk := list(islice(stream, _CHUNK)):
+        cleaned = [clean(text) for text in chunk]
+        encodings = model.encode_batch_fast(cleaned, add_special_tokens=False)
+        for text, encoding in zip(cleaned, encodings, strict=True):
+            yield _with_specials(text) if "text|>" in text else encoding.ids
+
+
+def count_tokens(texts: Iterable[str]) -> np.ndarray:
+    """Count each text's tokens, start and end included, before any cut: (N,) int32."""
+    return np.fromiter((len(ids) + 2 for ids in encode(texts)), dtype=np.int32)
+
+
+def clean(text: str) -> str:
+    """Repair, unescape, collapse white space and lower-case, as CLIP was trained.
+
+    Lone surrogates become U+FFFD. Printable ASCII without `&` has nothing to repair, so
+    it takes a path a hundred times shorter to the same result.
+    """
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+@lru_cache(maxsize=1)
+def _model() -> tokenizers.Tokenizer:
+    """Build the shared byte-pair encoder."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    merges = _read_merges()
+    vocabulary = _vocabulary(merges)
+    model = Tokenizer(
+        models.BPE(vocabulary, merges, end_of_word_suffix="</w>", fuse_unk=False)
+    )
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return model
+
+
+def _with_specials(text: str) -> list[int]:
+    """Encode cleaned text in which special tokens may stand as words of their own."""
+    model = _model()
+    ids: list[int] = []
+    begin = 0
+    for piece, (first, last) in model.pre_tokenizer.pre_tokenize_str(text):
+        if (special := SPECIALS.get(piece)) is not None:
+            ids += model.encode(text[begin:first], add_special_tokens=False).ids
+            ids.append(special)
+            begin = last
+    return ids + model.encode(text[begin:], add_special_tokens=False).ids
+
+
+def _read_merges() -> list[tuple[str, str]]:
+    packed = resources.files(__package__).joinpath(_MERGES_FILE).read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").split("\n", _MERGES + 1)
+    pairs = (line.split() for line in lines[1 : _MERGES + 1])
+    return [(left, right) for left, right in pairs]
+
+
+def _vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
+    """Number the tokens: 256 bytes, the same at a word's end, merges, two specials."""
+    symbols = _byte_symbols()
+    tokens = symbols + [symbol + "</w>" for symbol in symbols]
+    tokens += [left + right for left, right in merges]
+    return {token: index for index, token in enumerate([*tokens, *SPECIALS])}
+
+
+def _byte_symbols() -> list[str]:
+    """Name each byte by a visible character: its own, else one from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = 256 - len(visible)
+    return [chr(code) for code in (*visible, *range(0x100, 0x100 + hidden))]
