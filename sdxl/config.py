@@ -24,7 +24,9 @@ class UNetConfig:
 
     `transformer_depth` has one entry per level; 0 means no attention at that level. The
     middle block has the last level's `middle_depth`. `time_cond_proj_dim` is the width of
-    LCM's guidance embedding, None when the network has none.
+    LCM's guidance embedding, None when the network has none. `norm_groups` is the number of
+    groups of every group norm: narrow networks need fewer, or a group is one channel and
+    a flat colour is normalized away.
     """
 
     model_channels: int
@@ -38,6 +40,7 @@ class UNetConfig:
     in_channels: int = LATENT_CHANNELS
     out_channels: int = LATENT_CHANNELS
     time_cond_proj_dim: int | None = None
+    norm_groups: int = 32
 
     @property
     def time_embed_dim(self) -> int:
@@ -71,6 +74,7 @@ class VAEConfig:
     num_res_blocks: int = 2
     z_channels: int = LATENT_CHANNELS
     scale_factor: float = 0.13025
+    norm_groups: int = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +83,8 @@ class ModelConfig:
 
     `kind` decides the conditioning vector (base: original, crop, target size; refiner:
     original, crop, aesthetic score) and the unconditional branch (base: zeros when no
-    negative prompt is given; refiner: always encoded).
+    negative prompt is given; refiner: always encoded). `native_size` is the width and
+    height in pixels that the weights were trained for: the default of a job.
     """
 
     kind: Literal["base", "refiner"]
@@ -87,6 +92,7 @@ class ModelConfig:
     text_encoders: tuple[TextEncoderConfig, ...]
     vae: VAEConfig
     size_embed_dim: int = 256
+    native_size: int = 1024
 
 
 CLIP_L = TextEncoderConfig(
@@ -133,7 +139,7 @@ TINY_CLIP = TextEncoderConfig(
 TINY_OPENCLIP = TextEncoderConfig(
     kind="openclip", width=32, layers=4, heads=2, mlp_width=128, pad_id=0
 )
-TINY_VAE = VAEConfig(ch=32, ch_mult=(1, 1, 2, 2))
+TINY_VAE = VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), norm_groups=8)
 
 TINY = ModelConfig(
     kind="base",
@@ -145,10 +151,12 @@ TINY = ModelConfig(
         head_dim=32,
         context_dim=64,
         adm_in_channels=32 + 6 * 64,
+        norm_groups=8,
     ),
     text_encoders=(TINY_CLIP, TINY_OPENCLIP),
     vae=TINY_VAE,
     size_embed_dim=64,
+    native_size=128,
 )
 
 PRESETS: dict[str, ModelConfig] = {"base": BASE, "refiner": REFINER, "tiny": TINY}
