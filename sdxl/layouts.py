@@ -109,7 +109,7 @@ def _place(specs: Specs, prefix: str, component: str) -> Specs:
         yield replace(spec, name=prefix + spec.name, component=component)
 
 
-# Building blocks: `old` and `new` are the names of one module in the two published trees.
+# Building blocks: `old` and `new` name one module in the two published trees.
 
 
 def _tensor(
@@ -138,7 +138,7 @@ def _norm(old: str, new: str, width: int) -> Specs:
 
 
 def _unet(config: UNetConfig) -> Specs:
-    """Walk the UNet; `skips` are the widths the up path will take from the down path."""
+    """Walk the UNet; `skips` are the widths the up path takes from the down path."""
     yield from _unet_embeddings(config)
     width, n = config.model_channels, config.num_res_blocks
     yield from _conv("input_blocks.0.0", "conv_in", config.in_channels, width)
@@ -283,7 +283,7 @@ def _clip(text: TextEncoderConfig) -> Specs:
 
 
 def _openclip(text: TextEncoderConfig) -> Specs:
-    """Walk an OpenCLIP text transformer; diffusers holds it under Hugging Face names."""
+    """Walk an OpenCLIP text transformer; diffusers has Hugging Face names for it."""
     width, new = text.width, "text_model."
     position = f"{new}embeddings.position_embedding.weight"
     yield _tensor("positional_embedding", position, text.context_length, width)
