@@ -1,81 +1,22 @@
-"""Names and shapes of every tensor of a model, in the three layouts it is stored in.
+"""Names and shapes of every tensor of a model, from its geometry alone.
 
 Design: the networks are walked once, with both published names of each tensor side by
-side, so there is no table of renames to go stale and any geometry has its lists.
-
-    original    one file; the names our Cells' attributes have
-    mindspore   the same, but a norm has gamma and beta, an embedding embedding_table
-    diffusers   a folder per network; other names, a few other forms (`Form`)
-
-Order is that of the modules: UNet, text encoders, autoencoder. Nothing here allocates.
+side, so there is no table of renames to go stale and any geometry has its lists. Order
+is that of the modules: UNet, text encoders, autoencoder. Nothing here allocates.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Literal
 
 from sdxl.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from sdxl.tensor_spec import Form, Kind, TensorSpec
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 LCM_NAME = UNET_PREFIX + "time_embed.cond_proj.weight"
-
-# How a tensor's diffusers form differs from its original one:
-#   same        not at all
-#   matrix      a 1x1 convolution (O, I, 1, 1) is a dense weight (O, I)
-#   transposed  (I, O) is (O, I)
-#   qkv         the rows are three tensors: query, key, value
-#   absent      diffusers has none
-Form = Literal["same", "matrix", "transposed", "qkv", "absent"]
-Kind = Literal["plain", "norm", "embedding"]
-_MINDSPORE_SUFFIX: dict[Kind, dict[str, str]] = {
-    "plain": {},
-    "norm": {"weight": "gamma", "bias": "beta"},
-    "embedding": {"weight": "embedding_table"},
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """One tensor of a model: `name` and `shape` are the original layout's.
-
-    `diffusers` has one name, three for a fused projection, none for an absent tensor;
-    `component` is the folder they are in.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    component: str = ""
-    diffusers: tuple[str, ...]
-    form: Form = "same"
-    kind: Kind = "plain"
-
-    @property
-    def mindspore(self) -> str:
-        """The name in the reference's MindSpore checkpoints and in our Cells."""
-        stem, _, last = self.name.rpartition(".")
-        return f"{stem}.{_MINDSPORE_SUFFIX[self.kind].get(last, last)}"
-
-    @property
-    def diffusers_shape(self) -> tuple[int, ...]:
-        """Shape of each of the diffusers tensors."""
-        match self.form:
-            case "matrix":
-                return self.shape[:2]
-            case "transposed":
-                return self.shape[::-1]
-            case "qkv":
-                return (self.shape[0] // 3, *self.shape[1:])
-        return self.shape
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
 
 Specs = Iterator[TensorSpec]
 
