@@ -1,0 +1,284 @@
+"""The commands, thin: parse, call, print. stdout is data, stderr is talk."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jobs import __version__
+from jobs.config import JobConfig, load
+from jobs.errors import ConfigError, ExitCode, JobError, printable
+
+Command = Callable[..., Any]
+
+
+def config_options(command: Command) -> Command:
+    """Add the options that choose the settings."""
+    for option in (
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="SECTION.KEY=VALUE",
+            help="Override a setting of the config; may be given several times.",
+        ),
+        click.option(
+            "--batch-size", type=click.IntRange(1), help="Images per graph call."
+        ),
+        click.option(
+            "--workers", type=click.IntRange(1), help="Worker processes on the CPU."
+        ),
+        click.option("--devices", metavar="LIST", help="Ascend devices: 0-7, or auto."),
+        click.option(
+            "--checkpoint",
+            type=click.Path(path_type=Path),
+            help="Weights: .safetensors, MindSpore .ckpt or a diffusers folder.",
+        ),
+        click.option(
+            "--config",
+            "config_path",
+            type=click.Path(path_type=Path),
+            help="YAML settings; see configs/.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def manifest_options(command: Command) -> Command:
+    """Add the options that say how to read the manifest."""
+    for option in (
+        click.option("--limit", type=click.IntRange(1), help="Only the first N rows."),
+        click.option(
+            "--id-column", default="id", show_default=True, help="Column of row ids."
+        ),
+        click.option(
+            "--prompt-column",
+            default="prompt",
+            show_default=True,
+            help="Column of prompts.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sdxl-jobs")
+def cli() -> None:
+    """Offline batch generation for Stable Diffusion XL on MindSpore.
+
+    Exit codes: 0 all made; 1 an error; 2 wrong usage; 3 a bug (see log.txt);
+    4 finished, but some rows failed or are invalid; 130 interrupted, resumable.
+    """
+
+
+@cli.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of this job's results.",
+)
+@config_options
+@manifest_options
+def run(manifest: Path, output: Path, **options: Any) -> None:
+    """Make every picture that MANIFEST asks for.
+
+    Rows that have a result already are skipped, so the same command goes on after an
+    interruption and picks up rows that were appended.
+
+    Example: sdxl-jobs run manifests/demo.csv --config configs/tiny.yaml --workers 2
+    --output outputs/demo
+    """
+    from jobs.run import Order
+    from jobs.run import run as run_job
+
+    order = Order(
+        config=_config(**_settings(options)),
+        manifest=manifest,
+        output=output,
+        **options,
+    )
+    _finish(run_job(order))
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--workers", type=click.IntRange(1), help="Worker processes on the CPU.")
+@click.option("--devices", metavar="LIST", help="Ascend devices: 0-7, or auto.")
+def resume(folder: Path, workers: int | None, devices: str | None) -> None:
+    """Go on with the job in FOLDER, with the settings it was started with.
+
+    Example: sdxl-jobs resume outputs/demo --workers 1
+    """
+    from dataclasses import replace
+
+    from jobs.run import Order, override
+    from jobs.run import run as run_job
+    from jobs.store import Store
+
+    order = Order.stored(Store(folder))
+    config = override(order.config, workers=workers, devices=devices)
+    _finish(run_job(replace(order, config=config)))
+
+
+@cli.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@config_options
+@manifest_options
+def plan(manifest: Path, as_json: bool, **options: Any) -> None:
+    """Say what MANIFEST asks for and what it will cost; make nothing.
+
+    Example: sdxl-jobs plan prompts.tsv --prompt-column Prompt --config configs/base.yaml
+    """
+    from jobs.estimate import describe, estimate
+
+    config = _config(**_settings(options))
+    report = estimate(manifest, config, **options)
+    click.echo(json.dumps(report, indent=2) if as_json else describe(report))
+    if report["invalid"]:
+        sys.exit(ExitCode.PARTIAL)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def status(folder: Path, as_json: bool) -> None:
+    """Say how far the job in FOLDER is, while it runs and after.
+
+    Example: sdxl-jobs status outputs/demo --json
+    """
+    from jobs.status import describe, read_status
+
+    report = read_status(folder)
+    click.echo(json.dumps(report, indent=2) if as_json else describe(report))
+
+
+@cli.command()
+@click.argument("prompt")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="The picture's file."
+)
+@click.option("--seed", type=int, help="The picture's seed.")
+@config_options
+def sample(prompt: str, out: Path, seed: int | None, **options: Any) -> None:
+    """Make one picture of PROMPT, without a manifest.
+
+    Example: sdxl-jobs sample "a red circle" --config configs/tiny.yaml --out circle.png
+    """
+    from jobs.sample import make_sample
+
+    seconds = make_sample(prompt, _config(**_settings(options)), out, seed)
+    click.echo(out)
+    click.echo(f"made in {seconds:.1f} s after loading", err=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line: the one place where errors become lines and exit codes."""
+    try:
+        cli.main(args=arguments, prog_name="sdxl-jobs", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ExitCode.USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(ExitCode.INTERRUPTED)
+    except JobError as error:
+        click.echo(f"error: {printable(str(error), 4_000)}", err=True)
+        if error.hint:
+            click.echo(f"hint: {printable(error.hint, 4_000)}", err=True)
+        sys.exit(ExitCode.ERROR)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ExitCode.ERROR)
+    except Exception as error:
+        _report_bug(error, arguments)
+        sys.exit(ExitCode.BUG)
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the config's own options out of a command's."""
+    names = (
+        "config_path",
+        "checkpoint",
+        "devices",
+        "workers",
+        "batch_size",
+        "overrides",
+    )
+    return {name: options.pop(name) for name in names}
+
+
+def _config(
+    *,
+    config_path: Path | None,
+    checkpoint: Path | None,
+    devices: str | None,
+    workers: int | None,
+    batch_size: int | None,
+    overrides: tuple[str, ...],
+) -> JobConfig:
+    if devices and workers:
+        raise ConfigError(
+            "--devices and --workers exclude each other",
+            hint="--devices is for Ascend, --workers for the CPU",
+        )
+    flags = []
+    if checkpoint:  # a checkpoint says itself what it is
+        flags += [
+            "model.preset=null",
+            f"model.checkpoint={json.dumps(str(checkpoint))}",
+        ]
+    if devices:
+        flags += [f"runtime.devices={json.dumps(devices)}", "runtime.workers=null"]
+    if workers:
+        flags += [f"runtime.workers={workers}", "runtime.devices=auto"]
+    if batch_size:
+        flags.append(f"runtime.batch_size={batch_size}")
+    return load(config_path, (*flags, *overrides))
+
+
+def _finish(summary: Any) -> None:
+    if summary.results:
+        click.echo(summary.results)
+    counts = ", ".join(f"{n} {status}" for status, n in summary.counts.items())
+    ended = (
+        "interrupted; `sdxl-jobs resume` goes on" if summary.interrupted else "finished"
+    )
+    click.echo(
+        f"{ended}: {counts}; {summary.made} made now at {summary.images_per_s:.3g} img/s",
+        err=True,
+    )
+    sys.exit(summary.exit_code)
+
+
+def _report_bug(error: Exception, arguments: list[str] | None) -> None:
+    """Write the trace to log.txt, in the job's folder where there is one."""
+    words = sys.argv[1:] if arguments is None else arguments
+    folder = Path()
+    if "--output" in words[:-1]:
+        folder = Path(words[words.index("--output") + 1])
+    log = (folder if folder.is_dir() else Path()) / "log.txt"
+    text = "".join(traceback.format_exception(error))
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(
+                f"sdxl-jobs {__version__} {' '.join(map(repr, words))}\n{text}\n"
+            )
+        place = f"the trace is in {log}"
+    except OSError:
+        place = text
+    line = printable(f"{type(error).__name__}: {error}", 500)
+    click.echo(f"bug: {line}\nhint: please report it; {place}", err=True)

@@ -1,0 +1,382 @@
+"""Settings: YAML, `--set` and flags -> JobConfig (as asked) -> Resolved (as run).
+
+As asked, None means "the right default", which `resolve` fills in at one place, knowing
+the model and the machine. As resolved, nothing that the run depends on is open, and the
+copy is saved beside the results. Unknown keys and wrong types are refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from jobs import settings
+from jobs.errors import ConfigError, nearest
+
+DAVINCI = re.compile(r"davinci(\d+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    """Which network. A preset is needed only where the file can't tell by itself."""
+
+    preset: str | None = None
+    checkpoint: str | None = None
+    precision: Literal["auto", "fp32", "fp16"] = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSection:
+    """What the pictures depend on; a manifest row may override each of them."""
+
+    sampler: str = "EulerEDMSampler"
+    discretization: str = "LegacyDDPMDiscretization"
+    guider: str = "VanillaCFG"
+    steps: int = 40
+    guidance_scale: float = 5.0
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_images: int = 1
+    seed: int = 42
+    noise: Literal["numpy", "torch"] = "numpy"
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float | None = None
+    eta: float | None = None
+    s_churn: float | None = None
+    s_tmin: float | None = None
+    s_tmax: float | None = None
+    s_noise: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeSection:
+    """Where and how it runs; nothing here changes what a picture shows."""
+
+    device_target: Literal["auto", "Ascend", "CPU"] = "auto"
+    devices: str = "auto"
+    workers: int | None = None
+    batch_size: int = 1
+    jit_level: Literal["O0", "O1", "O2"] = "O2"
+    shard_batches: int | None = None
+    writer_threads: int = 2
+    max_attempts: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputSection:
+    """How results are written. `commit_every` counts pictures between two parts."""
+
+    format: Literal["png", "jpeg", "webp"] = "png"
+    quality: int = 95
+    png_level: int = 3
+    commit_every: int = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """A job's settings as asked."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    sampling: SamplingSection = field(default_factory=SamplingSection)
+    runtime: RuntimeSection = field(default_factory=RuntimeSection)
+    output: OutputSection = field(default_factory=OutputSection)
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A job's settings as run: sizes, devices and precision are known."""
+
+    preset: str | None
+    checkpoint: Path | None
+    precision: str
+    sampling: SamplingSection
+    width: int
+    height: int
+    device_target: str
+    devices: tuple[int, ...]
+    batch_size: int
+    jit_level: str
+    shard_batches: int | None
+    writer_threads: int
+    max_attempts: int
+    output: OutputSection
+
+    def pixels_depend_on(self) -> dict[str, Any]:
+        """List what a picture depends on besides the checkpoint: the fingerprint's fields."""
+        sampling = dataclasses.asdict(self.sampling)
+        sampling.update(width=self.width, height=self.height)
+        fields = {f"sampling.{key}": value for key, value in sampling.items()}
+        fields["model.precision"] = self.precision
+        fields["output.format"] = self.output.format
+        if self.output.format != "png":
+            fields["output.quality"] = self.output.quality
+        return fields
+
+
+def fingerprint(fields: Mapping[str, Any]) -> str:
+    """Hash the fields that pixels depend on to 16 hex digits."""
+    text = json.dumps(fields, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load(path: Path | None, overrides: Iterable[str] = ()) -> JobConfig:
+    """Read a config file and apply `section.key=value` overrides.
+
+    A relative checkpoint path in the file is taken from the file's folder, one in an
+    override from the current folder.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type.
+    """
+    tree = _read_yaml(path) if path else {}
+    where = str(path)
+    for section, values in tree.items():
+        _refuse_unknown(section, _section_types(), f"section in {where}")
+        for key in values:
+            _refuse_unknown(key, _fields(section), f"key in `{section}:` of {where}")
+    if path and (checkpoint := tree.get("model", {}).get("checkpoint")):
+        tree["model"]["checkpoint"] = str(path.parent / str(checkpoint))
+    for text in overrides:
+        section, key, value = _parse_override(text)
+        tree.setdefault(section, {})[key] = value
+    return from_dict(tree)
+
+
+def from_dict(tree: Mapping[str, Mapping[str, Any]]) -> JobConfig:
+    """Build the config from nested mappings, checking every name and type."""
+    sections = {}
+    for name, kind in _section_types().items():
+        values = dict(tree.get(name) or {})
+        for key in values:
+            _refuse_unknown(key, _fields(name), f"key in `{name}`")
+        hints = typing.get_type_hints(kind)
+        sections[name] = kind(
+            **{k: _typed(v, hints[k], f"{name}.{k}") for k, v in values.items()}
+        )
+    config = JobConfig(**sections)
+    _check_sampling(config.sampling)
+    _check_ranges(config)
+    return config
+
+
+def resolve(config: JobConfig, *, native_size: int) -> Resolved:
+    """Fill in every default that depends on the model or on the machine."""
+    target, devices = _devices(config.runtime)
+    precision = config.model.precision
+    if precision == "auto":
+        precision = "fp16" if target == "Ascend" else "fp32"
+    sampling = config.sampling
+    checkpoint = config.model.checkpoint
+    return Resolved(
+        preset=config.model.preset,
+        checkpoint=Path(checkpoint) if checkpoint else None,
+        precision=precision,
+        sampling=sampling,
+        width=sampling.width or native_size,
+        height=sampling.height or native_size,
+        device_target=target,
+        devices=devices,
+        batch_size=config.runtime.batch_size,
+        jit_level=config.runtime.jit_level,
+        shard_batches=config.runtime.shard_batches,
+        writer_threads=config.runtime.writer_threads,
+        max_attempts=config.runtime.max_attempts,
+        output=config.output,
+    )
+
+
+def parse_devices(text: str) -> tuple[int, ...]:
+    """Read a device list such as `0-7` or `0,2,5-6`."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)
+        if not match:
+            raise ConfigError(
+                f"devices: can't read `{text}`",
+                hint="write a list of numbers and ranges, such as `0-7` or `0,2`",
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        found.extend(range(first, last + 1))
+    if not found or len(set(found)) != len(found):
+        raise ConfigError(f"devices: `{text}` names a device twice or none at all")
+    return tuple(found)
+
+
+def cores() -> int:
+    """Count the processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _devices(runtime: RuntimeSection) -> tuple[str, tuple[int, ...]]:
+    present = _present_npus()
+    target = runtime.device_target
+    if target == "auto":
+        target = "Ascend" if present and runtime.workers is None else "CPU"
+    if target == "CPU":
+        if runtime.devices != "auto":
+            raise ConfigError(
+                f"runtime.devices is `{runtime.devices}`, but this runs on the CPU",
+                hint="use `--workers N` on the CPU, or `runtime.device_target=Ascend`",
+            )
+        return target, tuple(range(runtime.workers or 1))
+    if runtime.workers is not None:
+        raise ConfigError(
+            "runtime.workers is for the CPU; Ascend runs one worker per device",
+            hint="use `--devices 0-7`",
+        )
+    asked = present if runtime.devices == "auto" else parse_devices(runtime.devices)
+    if not asked:
+        raise ConfigError(
+            "no Ascend device is visible (/dev/davinci0 and so on)",
+            hint="check `npu-smi info`, or run on the CPU with `--workers 2`",
+        )
+    return target, asked
+
+
+def _present_npus() -> tuple[int, ...]:
+    bound = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    if bound:
+        return parse_devices(bound)
+    names = (DAVINCI.fullmatch(path.name) for path in Path("/dev").glob("davinci*"))
+    return tuple(sorted(int(match[1]) for match in names if match))
+
+
+def _section_types() -> dict[str, Any]:
+    return {
+        "model": ModelSection,
+        "sampling": SamplingSection,
+        "runtime": RuntimeSection,
+        "output": OutputSection,
+    }
+
+
+def _fields(section: str) -> list[str]:
+    return [f.name for f in dataclasses.fields(_section_types()[section])]
+
+
+def _refuse_unknown(name: str, known: Iterable[str], what: str) -> None:
+    names = list(known)
+    if name not in names:
+        raise ConfigError(f"unknown {what}: `{name}`", hint=nearest(str(name), names))
+
+
+def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not readable as YAML") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as `sampling:`")
+    for section, values in tree.items():
+        if values is None:
+            tree[section] = {}
+        elif not isinstance(values, dict):
+            raise ConfigError(
+                f"{path}: section `{section}` must hold `key: value` lines"
+            )
+    return tree
+
+
+def _parse_override(text: str) -> tuple[str, str, Any]:
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot:
+        raise ConfigError(
+            f"--set `{text}`: expected section.key=value",
+            hint="for example `--set sampling.steps=8`",
+        )
+    _refuse_unknown(section, _section_types(), "section in --set")
+    _refuse_unknown(key, _fields(section), f"key in --set {section}")
+    try:
+        return section, key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return section, key, value
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        options = [t for t in typing.get_args(hint) if t is not type(None)]
+        return None if value is None else _typed(value, options[0], name)
+    if typing.get_origin(hint) is Literal:
+        known = typing.get_args(hint)
+        if value not in known:
+            raise ConfigError(f"{name} is `{value}`", hint=nearest(str(value), known))
+        return value
+    converted = _scalar(value, hint)
+    if converted is None:
+        word = {int: "a whole number", float: "a number", str: "text"}[hint]
+        raise ConfigError(f"{name} is `{value}`; expected {word}")
+    return converted
+
+
+def _scalar(value: Any, hint: type) -> Any:
+    if hint is str:
+        return str(value) if isinstance(value, str | int | float) else None
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)  # YAML reads 1e-3 as text
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if number != number or number in (float("inf"), float("-inf")):
+        return None
+    if hint is int:
+        whole = isinstance(value, int) or number.is_integer()
+        return int(value if isinstance(value, int) else number) if whole else None
+    return number
+
+
+def _check_sampling(section: SamplingSection) -> None:
+    """Hold the job's settings to the same rules as a manifest row's."""
+    for name, parse in settings.parsers().items():
+        value = getattr(section, name, None)
+        if value is None:
+            continue
+        try:
+            parse(value)
+        except ValueError as error:
+            raise ConfigError(f"sampling.{name}: {error}") from None
+
+
+_AT_LEAST_ONE = (
+    ("runtime", "workers"),
+    ("runtime", "batch_size"),
+    ("runtime", "shard_batches"),
+    ("runtime", "writer_threads"),
+    ("runtime", "max_attempts"),
+    ("output", "commit_every"),
+)
+
+
+def _check_ranges(config: JobConfig) -> None:
+    for section, key in _AT_LEAST_ONE:
+        value = getattr(getattr(config, section), key)
+        if value is not None and not 1 <= value <= 65_536:
+            raise ConfigError(f"{section}.{key} is `{value}`; it must be at least 1")
+    for key, most in (("quality", 100), ("png_level", 9)):
+        value = getattr(config.output, key)
+        if not 0 <= value <= most:
+            raise ConfigError(f"output.{key} is `{value}`; it must be 0 to {most}")

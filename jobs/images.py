@@ -1,0 +1,89 @@
+"""Pixels <-> PNG, JPEG, WebP with the settings inside; hashes; is it black or constant.
+
+The bytes depend on the pixels and the settings alone, not on the time or the machine, so
+that equal tasks give equal files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin
+
+EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+METADATA_KEY = "sdxl_jobs"
+BLACK_LEVEL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An image file in memory and what the results say of it."""
+
+    data: bytes
+    image_sha256: str
+    pixel_sha256: str
+
+
+def encode(
+    pixels: np.ndarray,
+    kind: str,
+    settings: Mapping[str, Any],
+    *,
+    quality: int = 95,
+    png_level: int = 3,
+) -> Encoded:
+    """Encode (H, W, 3) uint8 pixels; `settings` goes into the file's metadata as JSON.
+
+    `pixel_sha256` is of the decoded RGB bytes, row by row: what a reader of the file gets.
+    """
+    image = Image.fromarray(pixels, "RGB")
+    text = json.dumps(settings, ensure_ascii=True, sort_keys=True)
+    buffer = io.BytesIO()
+    if kind == "png":
+        info = PngImagePlugin.PngInfo()
+        info.add_text(METADATA_KEY, text)
+        image.save(buffer, "PNG", pnginfo=info, compress_level=png_level)
+    else:
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = text[:60_000]
+        options = {"subsampling": 0} if kind == "jpeg" else {"method": 4}
+        image.save(buffer, kind.upper(), quality=quality, exif=exif, **options)
+    data = buffer.getvalue()
+    seen = pixels if kind == "png" else decode(data)
+    return Encoded(data, hashlib.sha256(data).hexdigest(), pixel_sha256(seen))
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Decode an image file to (H, W, 3) uint8."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def read_settings(data: bytes) -> dict[str, Any]:
+    """Read back the settings that `encode` put into a file."""
+    with Image.open(io.BytesIO(data)) as image:
+        text = image.info.get(METADATA_KEY)
+        if text is None:
+            text = image.getexif().get(ExifTags.Base.ImageDescription, "{}")
+    return json.loads(text)
+
+
+def pixel_sha256(pixels: np.ndarray) -> str:
+    """Hash (H, W, 3) uint8 pixels, row by row."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def flags(pixels: np.ndarray) -> list[str]:
+    """Say what is wrong with a picture at a glance: `black`, `constant`."""
+    found = []
+    if int(pixels.max()) <= BLACK_LEVEL:
+        found.append("black")
+    if (pixels == pixels[:1, :1]).all():
+        found.append("constant")
+    return found

@@ -1,0 +1,334 @@
+"""Requests -> tasks -> batches -> shards, and what a job will cost. Pure: makes nothing.
+
+    survey    reads the manifest once: counts, bad rows, repeated ids
+    tasks     reads it again, lazily: one Task per image, every setting filled in
+    batches   groups tasks that share one graph call, in the manifest's order
+    shards    groups batches of one compiled graph into leases
+
+Memory: the survey keeps 16 bytes per row, everything after it is a stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from jobs.config import Resolved, SamplingSection
+from jobs.errors import printable
+from jobs.manifest import Manifest
+from jobs.records import (
+    Batch,
+    Rejected,
+    Request,
+    Shard,
+    Task,
+    derived_seed,
+    hash64,
+    image_id,
+)
+from jobs.store import Index
+
+SHOWN_REJECTIONS = 1_000
+OPEN_TASKS = 65_536
+CHUNK = 8_192
+
+
+@dataclass(slots=True, kw_only=True)
+class Survey:
+    """What one reading of the manifest found.
+
+    `ids` and `contents` are uint64 arrays, one entry per request: the hash of the prompt
+    id and of the whole row. `repeated` holds the hashes of ids that stand more than once.
+    """
+
+    rows: int = 0
+    tasks: int = 0
+    pending: int = 0
+    invalid: int = 0
+    rejections: list[Rejected] = field(default_factory=list)
+    graphs: Counter[tuple[int, int, str]] = field(default_factory=Counter)
+    image_steps: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    contents: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    repeated: frozenset[int] = frozenset()
+
+    @property
+    def requests(self) -> int:
+        return self.rows - self.invalid
+
+
+def survey(
+    manifest: Manifest,
+    resolved: Resolved,
+    limit: int | None = None,
+    index: Index | None = None,
+) -> Survey:
+    """Count what the manifest asks for; one reading, a second one where ids repeat.
+
+    With an `index` of what is done, also count the tasks that are still to make.
+    """
+    found = _survey(manifest, resolved, limit, index, frozenset())
+    repeated = _repeated(found.ids)
+    if repeated:
+        found = _survey(manifest, resolved, limit, index, repeated)
+    return found
+
+
+def _survey(
+    manifest: Manifest,
+    resolved: Resolved,
+    limit: int | None,
+    index: Index | None,
+    repeated: frozenset[int],
+) -> Survey:
+    ids, contents = array("Q"), array("Q")
+    names: list[str] = []
+    done = 0
+    found = Survey(repeated=repeated)
+    for row in checked(manifest, resolved, repeated, limit):
+        found.rows += 1
+        if isinstance(row, Rejected):
+            found.invalid += 1
+            if len(found.rejections) < SHOWN_REJECTIONS:
+                found.rejections.append(row)
+            continue
+        ids.append(hash64(row.prompt_id))
+        contents.append(row.content)
+        first = task_of(row, resolved, 0)
+        images = _images(row, resolved)
+        found.tasks += images
+        found.graphs[first.graph] += images
+        found.image_steps[first.width, first.height, first.steps] += images
+        if index is not None:
+            names.extend(image_id(row.prompt_id, i) for i in range(images))
+            if len(names) >= CHUNK:
+                done += int(index.is_done(names).sum())
+                names.clear()
+    if index is not None:
+        done += int(index.is_done(names).sum())
+    found.pending = found.tasks - done
+    found.ids = np.array(ids, np.uint64)
+    found.contents = np.array(contents, np.uint64)
+    return found
+
+
+def checked(
+    manifest: Manifest,
+    resolved: Resolved,
+    repeated: frozenset[int],
+    limit: int | None = None,
+) -> Iterator[Request | Rejected]:
+    """Yield the rows, told apart where ids repeat and checked against the settings.
+
+    Rows without an id that are equal in every column are numbered; a repeated id of the
+    manifest's own rejects all rows but the first.
+    """
+    seen: dict[int, str] = {}
+    copies: Counter[int] = Counter()
+    for row in limited(manifest, limit):
+        if isinstance(row, Request):
+            row = _told_apart(row, repeated, seen, copies)
+        if isinstance(row, Request) and (reason := _impossible(row, resolved)):
+            row = _rejected(row, reason)
+        yield row
+
+
+def tasks_of(request: Request, resolved: Resolved) -> Iterator[Task]:
+    """Resolve one request into its images."""
+    for index in range(_images(request, resolved)):
+        yield task_of(request, resolved, index)
+
+
+def task_of(request: Request, resolved: Resolved, index: int) -> Task:
+    """Resolve the `index`-th image of a request: the one place that fills in defaults."""
+    job = resolved.sampling
+    width = request.width or resolved.width
+    height = request.height or resolved.height
+    sampler = request.sampler or job.sampler
+    discretization = request.discretization or job.discretization
+    negative = request.negative_prompt
+    return Task(
+        image_id=image_id(request.prompt_id, index),
+        prompt_id=request.prompt_id,
+        image_index=index,
+        source_row=request.source_row,
+        prompt=request.prompt,
+        negative_prompt=job.negative_prompt if negative is None else negative,
+        seed=_seed(request, job.seed, index),
+        seed_source="derived" if request.seed is None else "manifest",
+        sampler=sampler,
+        discretization=discretization,
+        guider=request.guider or job.guider,
+        steps=request.steps or job.steps,
+        guidance_scale=_first(request.guidance_scale, job.guidance_scale),
+        **_options(request, job, sampler, discretization),
+        width=width,
+        height=height,
+        original_width=_first(request.original_width, width),
+        original_height=_first(request.original_height, height),
+        crop_top=_first(request.crop_top, 0),
+        crop_left=_first(request.crop_left, 0),
+        target_width=_first(request.target_width, width),
+        target_height=_first(request.target_height, height),
+        extras=request.extras,
+    )
+
+
+def batches(tasks: Iterable[Task], batch_size: int) -> Iterator[Batch]:
+    """Group tasks that share a schedule, in order; the short ones come last."""
+    waiting: dict[tuple[Any, ...], list[Task]] = {}
+    held = 0
+    for task in tasks:
+        group = waiting.setdefault(task.schedule, [])
+        group.append(task)
+        held += 1
+        if len(group) == batch_size:
+            yield Batch(tasks=tuple(waiting.pop(task.schedule)))
+            held -= batch_size
+        elif held >= OPEN_TASKS:
+            oldest = waiting.pop(next(iter(waiting)))
+            yield Batch(tasks=tuple(oldest))
+            held -= len(oldest)
+    for group in waiting.values():
+        yield Batch(tasks=tuple(group))
+
+
+def shards(batches: Iterable[Batch], size: int) -> Iterator[Shard]:
+    """Group batches of one graph into leases of `size` batches."""
+    waiting: dict[tuple[Any, ...], list[Batch]] = {}
+    number = 0
+    for batch in batches:
+        group = waiting.setdefault(batch.tasks[0].graph, [])
+        group.append(batch)
+        if len(group) == size:
+            yield Shard(number=number, batches=tuple(group))
+            number += 1
+            group.clear()
+    for group in waiting.values():
+        if group:
+            yield Shard(number=number, batches=tuple(group))
+            number += 1
+
+
+def shard_size(tasks: int, batch_size: int, workers: int, asked: int | None) -> int:
+    """Choose how many batches a lease holds: few enough that the last ones even out."""
+    if asked:
+        return asked
+    return max(1, min(8, tasks // (batch_size * workers * 4)))
+
+
+def limited(manifest: Manifest, limit: int | None) -> Iterator[Request | Rejected]:
+    """Yield the first `limit` rows, or all of them."""
+    for row in manifest.rows():
+        if limit is not None and row.source_row >= limit:
+            return
+        yield row
+
+
+def _repeated(ids: np.ndarray) -> frozenset[int]:
+    ordered = np.sort(ids)
+    return frozenset(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+
+
+def _told_apart(
+    row: Request, repeated: frozenset[int], seen: dict[int, str], copies: Counter[int]
+) -> Request | Rejected:
+    key = hash64(row.prompt_id)
+    if key not in repeated:
+        return row
+    copies[key] += 1
+    if copies[key] == 1:
+        seen[key] = row.location
+        return row
+    if row.prompt_id == f"{row.content:016x}":
+        return dataclasses.replace(row, prompt_id=f"{row.prompt_id}-{copies[key]}")
+    shown = printable(row.prompt_id, 40)
+    return _rejected(row, f"id: `{shown}` stands already at {seen[key]}")
+
+
+def _rejected(row: Request, reason: str) -> Rejected:
+    return Rejected(
+        source_row=row.source_row,
+        location=row.location,
+        reason=reason,
+        prompt_id=row.prompt_id,
+        content=row.content,
+        prompt=row.prompt,
+        extras=row.extras,
+    )
+
+
+def _impossible(row: Request, resolved: Resolved) -> str | None:
+    """Say what can't be done about a combination of settings, each fine by itself."""
+    job = resolved.sampling
+    sampler = row.sampler or job.sampler
+    discretization = row.discretization or job.discretization
+    takes = _defaults(sampler, discretization)
+    for name in OPTIONS:
+        if getattr(row, name) is not None and name not in takes:
+            owner = discretization if name in SIGMA_OPTIONS else sampler
+            return f"{name}: does not apply to {owner}"
+    steps, most = row.steps or job.steps, _max_steps(discretization)
+    if steps > most:
+        return f"steps: {steps} is above {most}, the most of {discretization}"
+    effective = _options(row, job, sampler, discretization)
+    low, high = effective["sigma_min"], effective["sigma_max"]
+    if low is not None and high is not None and low >= high:
+        return f"sigma_min: {low:g} is not below sigma_max, {high:g}"
+    return None
+
+
+SIGMA_OPTIONS = ("sigma_min", "sigma_max", "rho")
+OPTIONS = (*SIGMA_OPTIONS, "eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
+
+
+@cache
+def _defaults(sampler: str, discretization: str) -> dict[str, float]:
+    """Give the options that the two take, with their defaults."""
+    from sdxl.samplers import SAMPLERS
+    from sdxl.schedule import DISCRETIZATIONS
+
+    return {**SAMPLERS[sampler].options, **DISCRETIZATIONS[discretization].defaults}
+
+
+@cache
+def _max_steps(discretization: str) -> int:
+    from sdxl.schedule import DISCRETIZATIONS
+
+    return DISCRETIZATIONS[discretization].max_steps
+
+
+def _options(
+    request: Request, job: SamplingSection, sampler: str, discretization: str
+) -> dict[str, float | None]:
+    """Give every option its effective value, None where it does not apply."""
+    defaults = _defaults(sampler, discretization)
+    effective: dict[str, float | None] = dict.fromkeys(OPTIONS)
+    for name, default in defaults.items():
+        effective[name] = _first(
+            getattr(request, name), _first(getattr(job, name), default)
+        )
+    return effective
+
+
+def _images(request: Request, resolved: Resolved) -> int:
+    return request.num_images or resolved.sampling.num_images
+
+
+def _seed(request: Request, job_seed: int, index: int) -> int:
+    if request.seed is None:
+        return derived_seed(job_seed, request.prompt_id, index)
+    from sdxl.noise import MAX_SEED
+
+    return (request.seed + index) % (MAX_SEED + 1)
+
+
+def _first(value: Any, default: Any) -> Any:
+    return default if value is None else value

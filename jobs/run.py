@@ -1,0 +1,379 @@
+"""The job as a whole, from settings to results.parquet.
+
+    open manifest and checkpoint ──> lock folder ──> compare with the job it holds
+        ──> survey ──> tasks not done yet ──> pool ──> compact ──> summary
+
+Everything that can be refused is refused before the first worker starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jobs
+from jobs import plan
+from jobs.config import JobConfig, Resolved, cores, fingerprint, from_dict, resolve
+from jobs.errors import ExitCode, MismatchError
+from jobs.lock import FolderLock
+from jobs.manifest import Manifest, open_manifest
+from jobs.model import Model, file_sha256, open_model
+from jobs.pool import Pool, Stop
+from jobs.progress import Progress
+from jobs.records import SCHEMA_VERSION, Rejected, Task, invalid_row
+from jobs.store import Index, Store, result_schema
+from jobs.worker import WorkerSpec
+
+PIPELINE = "sdxl.pipeline:Pipeline.load"
+CHUNK = 2_048
+STATUS_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a user asks for: the settings, the manifest and where results go."""
+
+    config: JobConfig
+    manifest: Path
+    output: Path
+    limit: int | None = None
+    prompt_column: str = "prompt"
+    id_column: str = "id"
+
+    @classmethod
+    def stored(cls, store: Store) -> Order:
+        """Read back the order that a folder was started with."""
+        asked = store.read_job()["asked"]
+        return cls(
+            config=from_dict(asked["config"]),
+            manifest=Path(asked["manifest"]),
+            output=store.root,
+            limit=asked["limit"],
+            prompt_column=asked["prompt_column"],
+            id_column=asked["id_column"],
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        tree = self.config.as_dict()
+        checkpoint = tree["model"]["checkpoint"]
+        if checkpoint:
+            tree["model"]["checkpoint"] = str(Path(checkpoint).resolve())
+        return {
+            "config": tree,
+            "manifest": str(self.manifest.resolve()),
+            "limit": self.limit,
+            "prompt_column": self.prompt_column,
+            "id_column": self.id_column,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """How a run ended."""
+
+    results: Path | None
+    counts: dict[str, int]
+    made: int
+    images_per_s: float
+    interrupted: bool
+
+    @property
+    def exit_code(self) -> ExitCode:
+        if self.interrupted:
+            return ExitCode.INTERRUPTED
+        bad = self.counts["failed"] + self.counts["invalid"]
+        return ExitCode.PARTIAL if bad else ExitCode.OK
+
+
+def run(order: Order, *, pipeline: str = PIPELINE) -> Summary:
+    """Make everything the manifest asks for that the output folder lacks."""
+    manifest = open_manifest(
+        order.manifest, prompt_column=order.prompt_column, id_column=order.id_column
+    )
+    model = open_model(order.config.model)
+    resolved = resolve(order.config, native_size=model.native_size)
+    store = Store(order.output)
+    store.prepare_root()
+    with FolderLock(order.output):
+        return _Run(order, manifest, model, resolved, store, pipeline).execute()
+
+
+@dataclass
+class _Run:
+    order: Order
+    manifest: Manifest
+    model: Model
+    resolved: Resolved
+    store: Store
+    pipeline: str
+    run_id: str = field(default_factory=lambda: _new_run_id())
+    stop: Stop = field(default_factory=Stop)
+    _invalid: list[Rejected] = field(default_factory=list)
+    _invalid_parts: int = 0
+    _last_status: float = 0.0
+
+    def execute(self) -> Summary:
+        fields = self.resolved.pixels_depend_on() | {"checkpoint": self.model.sha256}
+        self.fingerprint = fingerprint(fields)
+        self._compare(fields)
+        self.store.prepare()
+
+        index = self.store.index()
+        found = plan.survey(self.manifest, self.resolved, self.order.limit, index)
+        whole = self.order.limit is None
+        self.store.check_rows(found.ids, found.contents, whole)
+        self._write_job(fields, found)
+        self.store.remember_rows(found.ids, found.contents)
+
+        started = time.monotonic()
+        with Progress(found.pending) as progress, _signals(self.stop, progress):
+            self.progress = progress
+            self.counts = index.counts() | {"invalid": 0}
+            self._announce(found)
+            self._work(found, index)
+            seconds = time.monotonic() - started
+            made = progress.done - progress.failed
+        return self._finish(made, made / seconds if made else 0.0)
+
+    def _announce(self, found: plan.Survey) -> None:
+        done = found.tasks - found.pending
+        workers = len(self.resolved.devices)
+        self.progress.say(
+            f"{found.pending} images to make ({done} done, {found.invalid} rows invalid) "
+            f"on {workers} {self.resolved.device_target} "
+            f"worker{'s' if workers > 1 else ''}, into {self.store.root}"
+        )
+
+    def _compare(self, fields: dict[str, Any]) -> None:
+        """Refuse a folder that belongs to a job with other pixels."""
+        if not self.store.job.exists():
+            return
+        held = self.store.read_job()["fingerprint_fields"]
+        different = [k for k in fields | held if fields.get(k) != held.get(k)]
+        if different:
+            shown = "; ".join(
+                f"{k}: `{_brief(held.get(k))}` there, `{_brief(fields.get(k))}` asked"
+                for k in sorted(different)
+            )
+            raise MismatchError(
+                f"{self.store.root} belongs to another job: {shown}",
+                hint="use a new output folder, or the settings it was started with",
+            )
+
+    def _write_job(self, fields: dict[str, Any], found: plan.Survey) -> None:
+        self.store.write_json(
+            self.store.job,
+            {
+                "schema_version": SCHEMA_VERSION,
+                "sdxl_jobs_version": jobs.__version__,
+                "run_id": self.run_id,
+                "asked": self.order.as_dict(),
+                "fingerprint": self.fingerprint,
+                "fingerprint_fields": fields,
+                "model": self.model.describe(),
+                "rows": found.rows,
+                "tasks": found.tasks,
+                "invalid": found.invalid,
+            },
+        )
+
+    def _work(self, found: plan.Survey, index: Index) -> None:
+        tasks = self._tasks(found, index)
+        workers = min(len(self.resolved.devices), max(1, found.pending))
+        specs = [self._spec(device) for device in self.resolved.devices[:workers]]
+        if not found.pending:
+            for _ in tasks:  # the invalid rows still want their results
+                pass
+            return
+        size = plan.shard_size(
+            found.pending,
+            self.resolved.batch_size,
+            workers,
+            self.resolved.shard_batches,
+        )
+        batches = plan.batches(tasks, self.resolved.batch_size)
+        Pool(specs, plan.shards(batches, size), self, self.stop).run()
+        if not self.stop.asked:
+            self._write_invalid()
+
+    def _tasks(self, found: plan.Survey, index: Index) -> Iterator[Task]:
+        """Yield the tasks that have no result yet; note the invalid rows on the way."""
+        waiting: list[Task] = []
+        rows = plan.checked(
+            self.manifest, self.resolved, found.repeated, self.order.limit
+        )
+        for row in rows:
+            if isinstance(row, Rejected):
+                self._invalid.append(row)
+                if len(self._invalid) >= CHUNK:
+                    self._write_invalid()
+                continue
+            waiting.extend(plan.tasks_of(row, self.resolved))
+            if len(waiting) >= CHUNK:
+                yield from _not_done(waiting, index)
+                waiting = []
+        yield from _not_done(waiting, index)
+        self._write_invalid()
+
+    def _write_invalid(self) -> None:
+        if not self._invalid:
+            return
+        names = list(self.manifest.extras)
+        rows = [invalid_row(row, names) | self._provenance() for row in self._invalid]
+        self._invalid.clear()
+        self._invalid_parts += 1
+        name = f"invalid-{self.run_id}-{self._invalid_parts:06d}"
+        self.store.write_part(name, rows, self._schema())
+        self.counts["invalid"] += len(rows)
+
+    def _schema(self) -> Any:
+        return result_schema(self.manifest.extras_schema())
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "job_fingerprint": self.fingerprint,
+            "model_sha256": self.model.sha256,
+            "precision": self.resolved.precision,
+            "device_target": self.resolved.device_target,
+        }
+
+    def _spec(self, device: int) -> WorkerSpec:
+        resolved = self.resolved
+        on_cpu = resolved.device_target == "CPU"
+        threads = max(1, cores() // len(resolved.devices)) if on_cpu else cores()
+        return WorkerSpec(
+            name=f"w{device}-{self.run_id}",
+            root=self.store.root,
+            device_target=resolved.device_target,
+            device_id=device,
+            threads=threads,
+            pipeline=self.pipeline,
+            pipeline_options=pipeline_options(resolved, threads),
+            batch_size=resolved.batch_size,
+            writer_threads=resolved.writer_threads,
+            max_attempts=resolved.max_attempts,
+            output=resolved.output,
+            extras=self.manifest.extras_schema(),
+            provenance=self._provenance(),
+        )
+
+    def _finish(self, made: int, rate: float) -> Summary:
+        stopped = self.stop.asked > 0
+        results = None
+        if not stopped:
+            results = self.store.compact(self._schema(), self._metadata(), self.run_id)
+        summary = Summary(
+            results=results,
+            counts=self.store.index().counts(),
+            made=made,
+            images_per_s=rate,
+            interrupted=stopped,
+        )
+        self._write_status([], "interrupted" if stopped else "finished")
+        return summary
+
+    def _metadata(self) -> dict[str, str]:
+        return {
+            "sdxl_jobs.job": self.store.job.read_text(encoding="utf-8"),
+            "sdxl_jobs.manifest_sha256": file_sha256(self.manifest.path),
+        }
+
+    # Told by the pool -----------------------------------------------------------------
+
+    def batch_made(self, made: int, failed: int) -> None:
+        self.progress.add(made, failed)
+
+    def committed(self, statuses: list[str]) -> None:
+        for status in statuses:
+            self.counts[status] += 1
+
+    def say(self, line: str) -> None:
+        self.progress.say(line)
+
+    def tick(self, workers: list[dict[str, Any]]) -> None:
+        self._workers = workers
+        if time.monotonic() - self._last_status > STATUS_SECONDS:
+            self._last_status = time.monotonic()
+            self._write_status(workers, "running")
+
+    def _write_status(self, workers: list[dict[str, Any]], state: str) -> None:
+        workers = workers or getattr(self, "_workers", [])
+        self.store.write_json(
+            self.store.root / "status.json",
+            {
+                "state": state,
+                "run_id": self.run_id,
+                "pid": os.getpid(),
+                "host": platform.node(),
+                "updated_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "images_per_s": self.progress.rate,
+                "eta_seconds": self.progress.eta_seconds,
+                "workers": workers,
+            },
+        )
+
+
+def pipeline_options(resolved: Resolved, threads: int) -> dict[str, Any]:
+    """Give the arguments of `sdxl.pipeline.Pipeline.load`."""
+    return {
+        "checkpoint": resolved.checkpoint,
+        "preset": resolved.preset,
+        "precision": resolved.precision,
+        "jit_level": resolved.jit_level,
+        "device_target": resolved.device_target,
+        "noise": resolved.sampling.noise,
+        "threads": threads,
+    }
+
+
+def override(config: JobConfig, **runtime: Any) -> JobConfig:
+    """Replace runtime settings that were given, for a resume on other devices."""
+    given = {name: value for name, value in runtime.items() if value is not None}
+    if "workers" in given:
+        given["devices"] = "auto"
+    if "devices" in given:
+        given.setdefault("workers", None)
+    return replace(config, runtime=replace(config.runtime, **given))
+
+
+def _not_done(tasks: list[Task], index: Index) -> Iterator[Task]:
+    done = index.is_done([task.image_id for task in tasks])
+    for task, skip in zip(tasks, done, strict=True):
+        if not skip:
+            yield task
+
+
+@contextmanager
+def _signals(stop: Stop, progress: Progress) -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and Slurm's SIGUSR1 into a request to stop."""
+
+    def ask(number: int, frame: Any) -> None:
+        stop.asked += 1
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _new_run_id() -> str:
+    now = datetime.now(timezone.utc)
+    return f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+
+def _brief(value: Any) -> str:
+    return json.dumps(value, default=str)[:60].strip('"')

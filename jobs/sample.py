@@ -1,0 +1,64 @@
+"""One picture without a manifest: the same task, model and file as in a job."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from jobs import images, plan, settings
+from jobs.config import JobConfig, cores, resolve
+from jobs.errors import ConfigError, OutputError
+from jobs.model import open_model
+from jobs.records import Request, hash64, picture_settings, task_row
+from jobs.run import pipeline_options
+from jobs.store import publish
+
+KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+
+def make_sample(prompt: str, config: JobConfig, out: Path, seed: int | None) -> float:
+    """Make one picture and write it to `out`; return the seconds it took once loaded."""
+    kind = KINDS.get(out.suffix.lower())
+    if kind is None:
+        raise ConfigError(f"--out {out}: use .png, .jpg or .webp")
+    if not out.parent.is_dir():
+        raise OutputError(f"--out {out}: no such folder", hint="make it first")
+    try:
+        prompt = settings.text(prompt)
+        seed = config.sampling.seed if seed is None else settings.parse("seed", seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    model = open_model(config.model)
+    resolved = replace(resolve(config, native_size=model.native_size), batch_size=1)
+    task = plan.task_of(
+        Request(
+            source_row=0,
+            location="--prompt",
+            prompt_id="sample",
+            content=hash64(prompt),
+            prompt=prompt,
+            seed=seed,
+        ),
+        resolved,
+        0,
+    )
+
+    from sdxl.pipeline import Pipeline
+
+    pipeline = Pipeline.load(**pipeline_options(resolved, cores()))
+    started = time.perf_counter()
+    cond = pipeline.encode([task], 1)
+    latents = pipeline.sample(cond, [task], 1)
+    pixels = pipeline.decode(latents, 1)[0]
+    encoded = images.encode(
+        pixels,
+        kind,
+        picture_settings(task_row(task, ())),
+        quality=config.output.quality,
+    )
+    try:
+        publish(out, encoded.data)
+    except OSError as error:
+        raise OutputError(f"can't write {out}: {error.strerror}") from None
+    return time.perf_counter() - started

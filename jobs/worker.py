@@ -1,0 +1,401 @@
+"""One worker: a process that owns one device; leases in, published result rows out.
+
+    lease ──> batch ──> encode ──> denoise ──> decode ──> writer threads ──> part ──> told
+                                                          encode, hash, file
+
+The main thread keeps the device busy; a bounded pool of threads writes images while the
+next batch runs. Rows become a part every `commit_every` images and at the end of a lease;
+only then is the supervisor told. Nothing is shared with other workers but the folder: one
+pipe each, so that a worker killed at any instruction can't hold a lock that others need.
+When the supervisor is gone the pipe says so, and the worker ends at once.
+
+A call that fails is split in half until the task that breaks it stands alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jobs import images
+from jobs.config import OutputSection
+from jobs.records import (
+    Batch,
+    Shard,
+    Task,
+    failure_row,
+    image_path,
+    picture_settings,
+    task_row,
+)
+from jobs.store import Store, publish, result_schema
+
+COMMIT_SECONDS = 30.0
+Row = dict[str, Any]
+
+
+class PipelineLike(Protocol):
+    """What a worker needs of a model; `sdxl.pipeline.Pipeline` and the tests' fake."""
+
+    compiles: dict[str, int]
+    compile_ms: dict[str, float]
+
+    def encode(self, pictures: Sequence[Task], batch_size: int) -> Any: ...
+
+    def sample(
+        self, cond: Any, pictures: Sequence[Task], batch_size: int
+    ) -> np.ndarray: ...
+
+    def decode(self, latents: np.ndarray, batch_size: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """Everything a worker must know, picklable. `pipeline` is `module:callable`."""
+
+    name: str
+    root: Path
+    device_target: str
+    device_id: int
+    threads: int
+    pipeline: str
+    pipeline_options: dict[str, Any]
+    batch_size: int
+    writer_threads: int
+    max_attempts: int
+    output: OutputSection
+    extras: Any
+    provenance: Row
+
+
+def main(spec: WorkerSpec, pipe: Connection) -> None:
+    """Run a worker until it is told to end. The process starts here."""
+    _settle(spec)
+    outbox = Outbox(pipe)
+    try:
+        pipeline, info = _load(spec)
+    except Exception as error:
+        traceback.print_exc()
+        outbox.send("failed", error=message_of(error))
+        return
+    outbox.send("ready", **info)
+    worker = Worker(spec, pipeline, outbox, info)
+    threading.Thread(target=worker.listen, args=(pipe,), daemon=True).start()
+    try:
+        worker.run()
+    except OSError as error:
+        traceback.print_exc()
+        outbox.send("fatal", error=message_of(error))
+
+
+class Outbox:
+    """The pipe to the supervisor, safe to write from several threads."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def send(self, kind: str, **content: Any) -> None:
+        with self._lock:
+            self._pipe.send((kind, content))
+
+
+@dataclass(slots=True)
+class Made:
+    """What the device gave for one batch, in the order of its tasks."""
+
+    tasks: list[Task]
+    pixels: np.ndarray
+    latents_finite: np.ndarray
+    measured: Row
+
+
+@dataclass
+class Worker:
+    """The loop of one worker, apart from its process so that a test can drive it."""
+
+    spec: WorkerSpec
+    pipeline: PipelineLike
+    outbox: Outbox
+    info: Row
+    _inbox: queue.SimpleQueue[Shard | None] = field(default_factory=queue.SimpleQueue)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _pending: list[Future[Row]] = field(default_factory=list)
+    _parts: int = 0
+    _last_commit: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._store = Store(self.spec.root)
+        self._schema = result_schema(self.spec.extras)
+        self._writers = ThreadPoolExecutor(self.spec.writer_threads, "writer")
+        self._room = threading.Semaphore(4 * self.spec.batch_size + 4)
+
+    def listen(self, pipe: Connection) -> None:
+        """Read orders; a thread of its own, so that a stop is heard in mid-batch."""
+        while True:
+            try:
+                order, shard = pipe.recv()
+            except (EOFError, OSError):
+                os._exit(1)  # the supervisor is gone; what is published stays
+            if order == "stop":
+                self._stop.set()
+            self._inbox.put(shard if order == "shard" else None)
+
+    def run(self) -> None:
+        """Take leases until told to end; a stop is heeded after the batch in flight."""
+        while not self._stop.is_set() and (shard := self._inbox.get()) is not None:
+            for batch in shard.batches:
+                if self._stop.is_set():
+                    break
+                self._make(batch)
+                if self._commit_is_due():
+                    self._commit()
+            self._commit()
+            self.outbox.send("lease_done", shard=shard.number)
+        self._writers.shutdown()
+        self.outbox.send("bye")
+
+    def _make(self, batch: Batch) -> None:
+        started = datetime.now(timezone.utc)
+        before = time.perf_counter()
+        failed = 0
+        for outcome in self._attempt(list(batch.tasks)):
+            if isinstance(outcome, Made):
+                failed += self._hand_to_writers(outcome, started)
+            else:
+                failed += 1
+                self._keep(outcome)
+        self.outbox.send(
+            "batch",
+            made=len(batch.tasks) - failed,
+            failed=failed,
+            seconds=time.perf_counter() - before,
+            compiles=dict(self.pipeline.compiles),
+            compile_ms=dict(self.pipeline.compile_ms),
+        )
+
+    def _attempt(self, tasks: list[Task]) -> list[Made | Row]:
+        """Call the device; on failure split the batch, down to the task that breaks it."""
+        tasks = [replace(task, attempts=task.attempts + 1) for task in tasks]
+        try:
+            return [self._call(tasks)]
+        except Exception as error:
+            traceback.print_exc()
+            if len(tasks) > 1:
+                half = len(tasks) // 2
+                return self._attempt(tasks[:half]) + self._attempt(tasks[half:])
+            if tasks[0].attempts < self.spec.max_attempts:
+                return self._attempt(tasks)
+            return [self._failure(tasks[0], classify(error), message_of(error))]
+
+    def _call(self, tasks: list[Task]) -> Made:
+        size = self.spec.batch_size
+        clock = _StageClock(self.pipeline, len(tasks))
+        cond = clock.time("text_encode_ms", self.pipeline.encode, tasks, size)
+        latents = clock.time("denoise_ms", self.pipeline.sample, cond, tasks, size)
+        pixels = clock.time("decode_ms", self.pipeline.decode, latents, size)
+        finite = np.isfinite(latents).reshape(len(tasks), -1).all(axis=1)
+        return Made(tasks, pixels, finite, clock.measured())
+
+    def _hand_to_writers(self, made: Made, started: datetime) -> int:
+        failed = 0
+        tokens = _token_counts([task.prompt for task in made.tasks])
+        for slot, task in enumerate(made.tasks):
+            pixels = made.pixels[slot]
+            flags = images.flags(pixels)
+            if not made.latents_finite[slot] or "black" in flags:
+                what = "black" if made.latents_finite[slot] else "not a number"
+                self._keep(self._failure(task, "nan", f"the model's output is {what}"))
+                failed += 1
+                continue
+            row = (
+                task_row(task, self.spec.extras.names)
+                | made.measured
+                | self._provenance()
+            )
+            row |= {
+                "status": "ok",
+                "started_at": started,
+                "prompt_tokens": int(tokens[slot]),
+                "prompt_truncated": bool(tokens[slot] > 77),
+                "qc_flags": flags,
+                "batch_size": self.spec.batch_size,
+                "batch_slot": slot,
+                "batch_valid": len(made.tasks),
+            }
+            self._room.acquire()
+            self._pending.append(self._writers.submit(self._write, row, pixels))
+        return failed
+
+    def _write(self, row: Row, pixels: np.ndarray) -> Row:
+        before = time.perf_counter()
+        output = self.spec.output
+        try:
+            encoded = images.encode(
+                pixels,
+                output.format,
+                picture_settings(row),
+                quality=output.quality,
+                png_level=output.png_level,
+            )
+            relative = image_path(row["image_id"], images.EXTENSIONS[output.format])
+            path = self._store.root / relative
+            path.parent.mkdir(exist_ok=True)
+            publish(path, encoded.data)
+        finally:
+            self._room.release()
+        return row | {
+            "image_path": relative,
+            "image_format": output.format,
+            "image_bytes": len(encoded.data),
+            "image_sha256": encoded.image_sha256,
+            "pixel_sha256": encoded.pixel_sha256,
+            "pixel_mean": float(pixels.mean()),
+            "pixel_std": float(pixels.std()),
+            "write_ms": (time.perf_counter() - before) * 1e3,
+            "finished_at": datetime.now(timezone.utc),
+        }
+
+    def _failure(self, task: Task, kind: str, message: str) -> Row:
+        return (
+            failure_row(task, self.spec.extras.names, kind, message)
+            | self._provenance()
+        )
+
+    def _keep(self, row: Row) -> None:
+        ready: Future[Row] = Future()
+        ready.set_result(row)
+        self._pending.append(ready)
+
+    def _provenance(self) -> Row:
+        return self.spec.provenance | {
+            "device_id": self.spec.device_id,
+            "host": socket.gethostname(),
+            "mindspore_version": self.info["mindspore_version"],
+        }
+
+    def _commit_is_due(self) -> bool:
+        waited = time.monotonic() - self._last_commit
+        return (
+            len(self._pending) >= self.spec.output.commit_every
+            or waited > COMMIT_SECONDS
+        )
+
+    def _commit(self) -> None:
+        """Publish the rows of all images written so far, then tell the supervisor."""
+        rows = [pending.result() for pending in self._pending]
+        self._pending.clear()
+        self._last_commit = time.monotonic()
+        if not rows:
+            return
+        self._parts += 1
+        name = f"{self.spec.name}-{self._parts:06d}"
+        self._store.write_part(name, rows, self._schema)
+        done = [(row["image_id"], row["status"]) for row in rows]
+        self.outbox.send("part", name=name, done=done)
+
+
+class _StageClock:
+    """Time each stage of a call, leaving out what went into compiling graphs."""
+
+    def __init__(self, pipeline: PipelineLike, valid: int) -> None:
+        self._pipeline = pipeline
+        self._valid = valid
+        self._spent: Row = {}
+        self._compile_ms = 0.0
+
+    def time(self, stage: str, call: Any, *args: Any) -> Any:
+        compiled = sum(self._pipeline.compile_ms.values())
+        before = time.perf_counter()
+        result = call(*args)
+        elapsed = (time.perf_counter() - before) * 1e3
+        compiled = sum(self._pipeline.compile_ms.values()) - compiled
+        self._compile_ms += compiled
+        self._spent[stage] = max(0.0, elapsed - compiled) / self._valid
+        return result
+
+    def measured(self) -> Row:
+        return self._spent | {
+            "compile_ms": self._compile_ms / self._valid,
+            "includes_compile": self._compile_ms > 0,
+        }
+
+
+def classify(error: BaseException) -> str:
+    """Name the class of a failure for the results."""
+    text = str(error).lower()
+    if (
+        isinstance(error, MemoryError)
+        or "out of memory" in text
+        or "oom" in text.split()
+    ):
+        return "oom"
+    if isinstance(error, OSError):
+        return "io"
+    if "device" in text or "ascend" in text or "acl" in text.split():
+        return "device"
+    return "bug"
+
+
+def message_of(error: BaseException) -> str:
+    """Put an exception into one line."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first.strip(' -')}"[:1_000]
+
+
+def _token_counts(prompts: Sequence[str]) -> np.ndarray:
+    from sdxl.tokenizer import count_tokens
+
+    return count_tokens(prompts)
+
+
+def _settle(spec: WorkerSpec) -> None:
+    """Bind the process to its device and its log before anything heavy is imported."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if spec.device_target == "Ascend":
+        os.environ["ASCEND_RT_VISIBLE_DEVICES"] = str(spec.device_id)
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", str(spec.threads))
+    os.environ.setdefault("GLOG_v", "3")
+    log = (spec.root / "logs" / f"{spec.name}.log").open("ab", buffering=0)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+
+
+def _load(spec: WorkerSpec) -> tuple[PipelineLike, Row]:
+    module, _, name = spec.pipeline.partition(":")
+    factory: Any = importlib.import_module(module)
+    for part in name.split("."):
+        factory = getattr(factory, part)
+    pipeline = factory(**spec.pipeline_options)
+    mindspore = sys.modules.get("mindspore")
+    if mindspore and spec.device_target == "Ascend":
+        _check_binding(mindspore)
+    version = getattr(mindspore, "__version__", None)
+    return pipeline, {"pid": os.getpid(), "mindspore_version": version}
+
+
+def _check_binding(mindspore: Any) -> None:
+    visible = mindspore.hal.device_count("Ascend")
+    if visible != 1:
+        raise RuntimeError(
+            f"{visible} devices are visible to this worker instead of one: "
+            "ASCEND_RT_VISIBLE_DEVICES did not take effect"
+        )
