@@ -14,12 +14,13 @@ import argparse
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from sdxl.config import PRESETS, ModelConfig
-from sdxl.layouts import tensor_specs
+from sdxl.layouts import TensorSpec, tensor_specs
 from sdxl.safetensors_file import SafetensorsWriter
 
 Shape = tuple[int, ...]
@@ -61,20 +62,35 @@ def chunks(flat: np.ndarray) -> Iterator[np.ndarray]:
         yield flat[start : start + CHUNK]
 
 
-def random_tensors(
-    config: ModelConfig, seed: int = 0
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every tensor of a model under its original name."""
-    for spec in tensor_specs(config):
-        yield spec.name, random_tensor(spec.name, spec.shape, seed)
+@dataclass(frozen=True)
+class RandomCheckpoint:
+    """What a loader needs of a `Checkpoint`; its tensors are made as they are read."""
+
+    config: ModelConfig
+    seed: int = 0
+    path: Path = Path("random weights")
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return tensor_specs(self.config)
+
+    def check(self) -> None:
+        """Find nothing wrong."""
+
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+        """Make the tensors whose original name begins with `prefix`, one at a time."""
+        for spec in self.specs:
+            if spec.name.startswith(prefix):
+                yield spec.name, random_tensor(spec.name, spec.shape, self.seed)
 
 
 def write_random(path: Path, config: ModelConfig, dtype: str, seed: int = 0) -> None:
     """Write one safetensors file, a tensor at a time, and move it into place."""
     temporary = path.with_name(path.name + ".part")
-    plan = {spec.name: (dtype, spec.shape) for spec in tensor_specs(config)}
+    source = RandomCheckpoint(config, seed)
+    plan = {spec.name: (dtype, spec.shape) for spec in source.specs}
     with SafetensorsWriter(temporary, plan) as writer:
-        for name, tensor in random_tensors(config, seed):
+        for name, tensor in source.tensors():
             writer.add(name, tensor)
     temporary.replace(path)
 

@@ -53,27 +53,28 @@ class GuidanceSinusoid(nn.Cell):
         return msops.concat((msops.sin(angle), msops.cos(angle)), -1)
 
 
-class TimeEmbed(nn.CellList):
+class TimeEmbed(nn.SequentialCell):
     """Dense, SiLU, Dense; a consistency model adds its guidance before the first."""
 
     def __init__(self, config: UNetConfig, dtype: ms.Type) -> None:
         width, time_dim = config.model_channels, config.time_embed_dim
         super().__init__(
-            [Dense(width, time_dim, dtype), SiLU(), Dense(time_dim, time_dim, dtype)]
+            Dense(width, time_dim, dtype), SiLU(), Dense(time_dim, time_dim, dtype)
         )
-        self.sinusoid = Sinusoid(width)
         self.dtype = dtype
-        self.guided = config.time_cond_proj_dim is not None
+        self.sinusoid = Sinusoid(width)
+        self.embeds_guidance = config.time_cond_proj_dim is not None
         if config.time_cond_proj_dim is not None:
-            w_dim = config.time_cond_proj_dim
-            self.w_sinusoid = GuidanceSinusoid(w_dim)
-            self.cond_proj = Dense(w_dim, width, dtype, bias=False)
+            self.w_sinusoid = GuidanceSinusoid(config.time_cond_proj_dim)
+            self.cond_proj = Dense(config.time_cond_proj_dim, width, dtype, bias=False)
 
     def construct(self, timestep: Tensor, guidance: Tensor | None) -> Tensor:
         x = self.sinusoid(timestep).astype(self.dtype)
-        if self.guided and guidance is not None:
+        if self.embeds_guidance and guidance is not None:
             x = x + self.cond_proj(self.w_sinusoid(guidance).astype(self.dtype))
-        return self[2](self[1](self[0](x)))
+        for layer in self.cell_list:
+            x = layer(x)
+        return x
 
 
 class InputConv(Conv2d):
@@ -231,11 +232,11 @@ class SpatialTransformer(nn.Cell):
         return x + h.transpose(0, 2, 1).reshape(B, C, H, W)
 
 
-class Block(nn.CellList):
+class Block(nn.SequentialCell):
     """The layers of one block, one after another."""
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        for layer in self:
+        for layer in self.cell_list:
             x = layer(x, emb, context)
         return x
 
