@@ -1,4 +1,4 @@
-"""The `config.json` files of a diffusers folder, to a geometry and back.
+"""Read a geometry from the `config.json` files of a diffusers folder.
 
 Design: every field that the networks' arithmetic depends on is either read into the
 geometry or held to the one value we run; the rest cannot change a picture. So a model
@@ -31,7 +31,7 @@ from sdxl.stored import CheckpointError
 MAX_JSON = 16 * 2**20
 
 # Fields held to one value. Of a pair, the first is diffusers' default, the second ours.
-_UNET_FIXED: dict[str, tuple[Any, Any]] = {
+UNET_FIXED: dict[str, tuple[Any, Any]] = {
     "act_fn": ("silu", "silu"),
     "addition_embed_type": (None, "text_time"),
     "attention_type": ("default", "default"),
@@ -62,7 +62,7 @@ _UNET_FIXED: dict[str, tuple[Any, Any]] = {
     "timestep_post_act": (None, None),
     "use_linear_projection": (False, True),
 }
-_VAE_FIXED: dict[str, tuple[Any, Any]] = {
+VAE_FIXED: dict[str, tuple[Any, Any]] = {
     "act_fn": ("silu", "silu"),
     "in_channels": (3, 3),
     "latent_channels": (4, LATENT_CHANNELS),
@@ -162,7 +162,7 @@ class _Fields:
 
 
 def _unet(fields: _Fields) -> UNetConfig:
-    fields.fixed(_UNET_FIXED)
+    fields.fixed(UNET_FIXED)
     width, mult = fields.multiples("block_out_channels")
     layers = fields.integers("transformer_layers_per_block", len(mult))
     attended = _attended(fields, len(mult))
@@ -235,7 +235,7 @@ def _text(fields: _Fields, kind: str) -> TextEncoderConfig:
 
 
 def _vae(fields: _Fields) -> VAEConfig:
-    fields.fixed(_VAE_FIXED)
+    fields.fixed(VAE_FIXED)
     width, mult = fields.multiples("block_out_channels")
     levels = len(mult)
     if 2 ** (levels - 1) != VAE_FACTOR:
@@ -271,77 +271,3 @@ def _check_conditioning(fields: _Fields, config: ModelConfig) -> None:
     if config.unet.adm_in_channels != vector:
         name = "projection_class_embeddings_input_dim"
         raise fields.refuse(name, f"pooled text and {scalars} scalars give {vector}")
-
-
-def unet_json(config: ModelConfig) -> dict[str, Any]:
-    """Write the UNet's geometry as diffusers reads it."""
-    unet = config.unet
-    widths = [unet.model_channels * mult for mult in unet.channel_mult]
-    depths = [depth or 1 for depth in unet.transformer_depth]
-    if unet.transformer_depth[-1] not in (0, unet.middle_depth):
-        raise CheckpointError("diffusers gives the middle block the last level's depth")
-    depths[-1] = unet.middle_depth
-    down = [f"{'CrossAttn' if d else ''}DownBlock2D" for d in unet.transformer_depth]
-    return {
-        "_class_name": "UNet2DConditionModel",
-        **{name: ours for name, (_, ours) in _UNET_FIXED.items()},
-        "addition_time_embed_dim": config.size_embed_dim,
-        "attention_head_dim": [width // unet.head_dim for width in widths],
-        "block_out_channels": widths,
-        "cross_attention_dim": unet.context_dim,
-        "down_block_types": down,
-        "in_channels": unet.in_channels,
-        "layers_per_block": unet.num_res_blocks,
-        "norm_num_groups": unet.norm_groups,
-        "out_channels": unet.out_channels,
-        "projection_class_embeddings_input_dim": unet.adm_in_channels,
-        "sample_size": config.native_size // VAE_FACTOR,
-        "time_cond_proj_dim": unet.time_cond_proj_dim,
-        "transformer_layers_per_block": depths,
-        "up_block_types": [block.replace("Down", "Up") for block in reversed(down)],
-    }
-
-
-def vae_json(config: ModelConfig) -> dict[str, Any]:
-    """Write the autoencoder's geometry as diffusers reads it."""
-    vae = config.vae
-    levels = len(vae.ch_mult)
-    return {
-        "_class_name": "AutoencoderKL",
-        **{name: ours for name, (_, ours) in _VAE_FIXED.items()},
-        "block_out_channels": [vae.ch * mult for mult in vae.ch_mult],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "force_upcast": True,
-        "layers_per_block": vae.num_res_blocks,
-        "norm_num_groups": vae.norm_groups,
-        "sample_size": config.native_size,
-        "scaling_factor": vae.scale_factor,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
-
-
-def text_json(text: TextEncoderConfig) -> dict[str, Any]:
-    """Write a text encoder's geometry as transformers reads it.
-
-    `eos_token_id` 2 makes transformers pool at the highest id, as the published files
-    do and as OpenCLIP does.
-    """
-    clip = text.kind == "clip"
-    name = "CLIPTextModel" if clip else "CLIPTextModelWithProjection"
-    return {
-        "architectures": [name],
-        "attention_dropout": 0.0,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "hidden_act": "quick_gelu" if clip else "gelu",
-        "hidden_size": text.width,
-        "intermediate_size": text.mlp_width,
-        "layer_norm_eps": 1e-5,
-        "max_position_embeddings": text.context_length,
-        "model_type": "clip_text_model",
-        "num_attention_heads": text.heads,
-        "num_hidden_layers": text.layers,
-        "pad_token_id": 1,
-        "projection_dim": text.width,
-        "vocab_size": text.vocab_size,
-    }
