@@ -1,0 +1,58 @@
+# Every target makes .venv itself when it is missing or when its requirements changed.
+
+PYTHON ?= $(shell for p in python3.11 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))' \
+	2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+TINY := checkpoints/tiny/base.safetensors
+DEMO := outputs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-full check lint format golden oracle clean distclean
+
+help:  ## Say what can be made (the default)
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "error: Python 3.10 or 3.11 is needed; hint: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[test,lint]'
+	@touch $@
+
+$(TINY): | $(READY)
+	$(BIN)/python -m sdxl.random_weights --preset tiny --dtype fp16 $@
+
+demo: $(READY) $(TINY)  ## Make the pictures of manifests/demo.csv on two CPU workers
+	$(BIN)/sdxl-jobs run manifests/demo.csv --config configs/tiny.yaml --workers 2 --output $(DEMO)
+
+test: $(READY) $(TINY)  ## Run the tests (minutes)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY) $(TINY)  ## Run the tests that take long
+	$(BIN)/python -m pytest -m slow
+
+test-full: $(READY)  ## Run the full-size network once on the CPU (16 GB of memory, 7 GB of disk)
+	$(BIN)/python -m pytest -m full -s
+
+lint: $(READY)  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## Mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint test  ## Everything that must pass before a commit
+
+oracle: $(READY)  ## Install diffusers, transformers, k-diffusion and torch for the live comparisons
+	$(BIN)/python -m pip install --quiet -c requirements.lock torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[oracle]'
+	$(BIN)/python -m pip install --quiet --no-deps k-diffusion==0.1.1.post1
+
+clean:  ## Remove what the demo and the tests made
+	rm -rf $(DEMO) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## Remove .venv too
+	rm -rf .venv
