@@ -139,7 +139,8 @@ def resume(folder: Path, workers: int | None, devices: str | None) -> None:
 def plan(manifest: Path, as_json: bool, **options: Any) -> None:
     """Say what MANIFEST asks for and what it will cost; make nothing.
 
-    Example: sdxl-jobs plan prompts.tsv --prompt-column Prompt --config configs/base.yaml
+    Example: sdxl-jobs plan prompts.tsv --prompt-column Prompt
+    --config configs/base.yaml
     """
     from jobs.estimate import describe, estimate
 
@@ -258,7 +259,8 @@ def _finish(summary: Any) -> None:
         "interrupted; `sdxl-jobs resume` goes on" if summary.interrupted else "finished"
     )
     click.echo(
-        f"{ended}: {counts}; {summary.made} made now at {summary.images_per_s:.3g} img/s",
+        f"{ended}: {counts}; {summary.made} made now "
+        f"at {summary.images_per_s:.3g} img/s",
         err=True,
     )
     sys.exit(summary.exit_code)

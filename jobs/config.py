@@ -2,7 +2,7 @@
 
 As asked, None means "the right default", which `resolve` fills in at one place, knowing
 the model and the machine. As resolved, nothing that the run depends on is open, and the
-copy is saved beside the results. Unknown keys and wrong types are refused, never ignored.
+copy is saved beside the results. Unknown keys and wrong types are refused.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Resolved:
     output: OutputSection
 
     def pixels_depend_on(self) -> dict[str, Any]:
-        """List what a picture depends on besides the checkpoint: the fingerprint's fields."""
+        """List what pixels depend on besides the checkpoint: the fingerprint's fields."""
         sampling = dataclasses.asdict(self.sampling)
         sampling.update(width=self.width, height=self.height)
         fields = {f"sampling.{key}": value for key, value in sampling.items()}

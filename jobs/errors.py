@@ -78,6 +78,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def printable(text: str, limit: int = 80) -> str:
-    """Make a user's text safe for a terminal: escape control characters, cut it short."""
+    """Make text safe for a terminal: control characters escaped, cut to `limit`."""
     safe = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[:limit])
     return safe + ("…" if len(text) > limit else "")

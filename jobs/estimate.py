@@ -1,4 +1,4 @@
-"""What a job will cost: rows, graphs, truncated prompts, disk and time. Makes nothing."""
+"""What a job will cost: rows, graphs, truncated prompts, disk, time. Makes nothing."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def estimate(
 def describe(report: dict[str, Any]) -> str:
     """Put a plan into lines for people."""
     lines = [
-        f"{report['manifest']}: {report['requests']} requests in {report['rows']} rows, "
-        f"{report['invalid']} invalid",
+        f"{report['manifest']}: {report['requests']} requests in "
+        f"{report['rows']} rows, {report['invalid']} invalid",
         f"tasks: {report['tasks']} images in batches of {report['batch_size']} on "
         f"{report['workers']} {report['device_target']} worker(s)",
     ]

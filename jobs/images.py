@@ -1,7 +1,7 @@
 """Pixels <-> PNG, JPEG, WebP with the settings inside; hashes; is it black or constant.
 
-The bytes depend on the pixels and the settings alone, not on the time or the machine, so
-that equal tasks give equal files.
+The bytes depend on the pixels and the settings alone, not on time or machine, so that
+equal tasks give equal files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def encode(
 ) -> Encoded:
     """Encode (H, W, 3) uint8 pixels; `settings` goes into the file's metadata as JSON.
 
-    `pixel_sha256` is of the decoded RGB bytes, row by row: what a reader of the file gets.
+    `pixel_sha256` is of the decoded RGB bytes, row by row: what a reader will get.
     """
     image = Image.fromarray(pixels, "RGB")
     text = json.dumps(settings, ensure_ascii=True, sort_keys=True)

@@ -94,7 +94,7 @@ class FolderLock:
             raise LockedError(
                 f"{self._path.parent} is in use by pid {holder.get('pid')} on "
                 f"{holder.get('host')} since {holder.get('started_at')}",
-                hint="wait for it, or stop it with SIGTERM: it commits and can be resumed",
+                hint="wait for it, or stop it with SIGTERM: it can be resumed",
             )
         aside = self._path.with_name(f".tmp-lock-dead-{self._token}")
         with contextlib.suppress(FileNotFoundError):
@@ -112,7 +112,7 @@ class FolderLock:
 
 
 def read_holder(path: Path) -> dict[str, object] | None:
-    """Read who holds a lock; None when there is none. A torn file has no living holder."""
+    """Read who holds a lock: None when there is none, {} when the file is torn."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

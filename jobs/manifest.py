@@ -94,7 +94,7 @@ class Manifest:
             if name in RESULT_COLUMNS:
                 raise ManifestError(
                     f"{self.path}: column `{name}` has the name of a result column",
-                    hint="rename it: columns we do not know pass through to the results",
+                    hint="rename it: unknown columns pass through to the results",
                 )
         return extras
 
@@ -271,7 +271,7 @@ def _content_hash(values: dict[str, Any]) -> int:
     return hash64("\x1e".join(f"{k}\x1f{v}" for k, v in given))
 
 
-# Cells of each format ------------------------------------------------------------------
+# Cells of each format -------------------------------------------------------------
 
 
 def _delimited_cells(path: Path, delimiter: str) -> Iterator[Cells]:

@@ -1,4 +1,4 @@
-"""The checkpoint as the runner sees it: a path, a geometry's size, a hash. No tensors."""
+"""The checkpoint as the runner sees it: a path, a native size, a hash. No tensors."""
 
 from __future__ import annotations
 

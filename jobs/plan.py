@@ -1,4 +1,4 @@
-"""Requests -> tasks -> batches -> shards, and what a job will cost. Pure: makes nothing.
+"""Requests -> tasks -> batches -> shards. Pure: it makes nothing.
 
     survey    reads the manifest once: counts, bad rows, repeated ids
     tasks     reads it again, lazily: one Task per image, every setting filled in
@@ -44,8 +44,9 @@ CHUNK = 8_192
 class Survey:
     """What one reading of the manifest found.
 
-    `ids` and `contents` are uint64 arrays, one entry per request: the hash of the prompt
-    id and of the whole row. `repeated` holds the hashes of ids that stand more than once.
+    `ids` and `contents` are uint64 arrays, one entry per request: the hash of the
+    prompt id and of the whole row. `repeated` holds the hashes of ids that stand more
+    than once.
     """
 
     rows: int = 0
@@ -147,7 +148,7 @@ def tasks_of(request: Request, resolved: Resolved) -> Iterator[Task]:
 
 
 def task_of(request: Request, resolved: Resolved, index: int) -> Task:
-    """Resolve the `index`-th image of a request: the one place that fills in defaults."""
+    """Resolve the `index`-th image of a request: defaults are filled in here alone."""
     job = resolved.sampling
     width = request.width or resolved.width
     height = request.height or resolved.height

@@ -4,10 +4,10 @@
                   ^                  │
                   └──── returned ────┘   its process died: what it had not published
 
-Each worker has one pipe and one process sentinel; the loop waits on all of them at once.
-A dead worker's parts are looked through for rows it had no time to tell of; the rest of
-its lease is handed on, batch by batch the second time and task by task the third, so that
-a task which kills its worker is found, and ends as a failed row: `worker_lost`.
+Each worker has one pipe and one process sentinel; the loop waits on all of them. A dead
+worker's parts are looked through for rows it had no time to tell of; the rest of its
+lease is handed on, batch by batch the second time and task by task the third, so that a
+task which kills its worker is found, and ends as a failed row: `worker_lost`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Slot:
     def describe(self) -> dict[str, Any]:
         made, seconds = self.stats.get("made", 0), self.stats.get("seconds", 0.0)
         return {
-            "worker": self.spec.name,
+            "worker": self.spec.name.split("-")[0],
             "device": f"{self.spec.device_target}:{self.spec.device_id}",
             "pid": self.process.pid if self.process else None,
             "state": self.state,
@@ -133,7 +133,7 @@ class Pool:
             self._kill_all()
         self._observer.tick([slot.describe() for slot in self._slots])
 
-    # The loop's four parts -------------------------------------------------------------
+    # The loop's four parts ------------------------------------------------------------
 
     def _finished(self) -> bool:
         if self._stop.asked:
@@ -220,7 +220,7 @@ class Pool:
             if not alive and slot.process is not None:
                 self._gone(slot)
 
-    # What workers say ------------------------------------------------------------------
+    # What workers say -----------------------------------------------------------------
 
     def _drain(self, slot: Slot) -> None:
         """Read all messages that wait in a worker's pipe."""
@@ -276,7 +276,7 @@ class Pool:
     def _on_bye(self, slot: Slot) -> None:
         slot.state = "ended"
 
-    # Death -----------------------------------------------------------------------------
+    # Death ----------------------------------------------------------------------------
 
     def _gone(self, slot: Slot) -> None:
         """Deal with a worker whose process has ended, as told or otherwise."""
@@ -342,7 +342,7 @@ class Pool:
         self._observer.batch_made(0, len(rows))
         self._observer.committed(["failed"] * len(rows))
 
-    # Ends ------------------------------------------------------------------------------
+    # Ends -----------------------------------------------------------------------------
 
     def _end_all(self) -> None:
         """Tell all workers that there is no more, and wait for them."""

@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 class Request:
     """A manifest row, as asked; None means that the job's setting applies.
 
-    `content` hashes the whole row, so that a changed row can be told from an appended one.
+    `content` hashes the whole row, to tell a changed row from an appended one.
     """
 
     source_row: int
@@ -207,7 +207,7 @@ def picture_settings(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def task_row(task: Task, extras: Sequence[str]) -> dict[str, Any]:
-    """Begin a task's result row: every column is there, those not yet known are None."""
+    """Begin a task's result row: every column, None where it is not yet known."""
     row: dict[str, Any] = dict.fromkeys(RESULT_COLUMNS)
     row.update((key, getattr(task, key)) for key in _OF_A_TASK)
     row.update(zip(extras, task.extras, strict=True))

@@ -149,8 +149,8 @@ class _Run:
         done = found.tasks - found.pending
         workers = len(self.resolved.devices)
         self.progress.say(
-            f"{found.pending} images to make ({done} done, {found.invalid} rows invalid) "
-            f"on {workers} {self.resolved.device_target} "
+            f"{found.pending} images to make ({done} done, {found.invalid} rows "
+            f"invalid) on {workers} {self.resolved.device_target} "
             f"worker{'s' if workers > 1 else ''}, into {self.store.root}"
         )
 

@@ -18,7 +18,7 @@ KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 def make_sample(prompt: str, config: JobConfig, out: Path, seed: int | None) -> float:
-    """Make one picture and write it to `out`; return the seconds it took once loaded."""
+    """Make one picture, write it to `out`, return the seconds it took once loaded."""
     kind = KINDS.get(out.suffix.lower())
     if kind is None:
         raise ConfigError(f"--out {out}: use .png, .jpg or .webp")

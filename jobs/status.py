@@ -15,7 +15,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     """Count the rows of a job's folder and add the runner's own words.
 
     The counts come from the published rows, which are the truth whatever became of the
-    runner. `state` is `running`, `finished`, `interrupted` or `dead` (killed: resume it).
+    runner. `state` is `running`, `finished`, `interrupted` or `dead` (killed).
     """
     store = Store(folder)
     job = store.read_job()
@@ -53,7 +53,7 @@ def describe(report: dict[str, Any]) -> str:
         rate = worker["images_per_s"]
         graphs = sum(worker["compiles"].values())
         lines.append(
-            f"  {worker['worker'].split('-')[0]} on {worker['device']}: "
+            f"  {worker['worker']} on {worker['device']}: "
             f"{worker['state']}, {worker['made']} made, {worker['failed']} failed, "
             f"{graphs} graphs compiled" + (f", {rate:.3g} img/s" if rate else "")
         )

@@ -80,7 +80,7 @@ def sync_folder(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Which tasks have a row: sorted image ids (uint64) and, beside each, its status."""
+    """Which tasks have a row: sorted image ids (uint64), and the status of each."""
 
     ids: np.ndarray
     status: np.ndarray
@@ -98,7 +98,7 @@ class Index:
         return np.where(self.ids[at] == asked, at, -1)
 
     def is_done(self, image_ids: Sequence[str]) -> np.ndarray:
-        """Tell which images are made or have failed for good (an invalid row is neither)."""
+        """Tell which images are made or failed for good; an invalid row is neither."""
         at = self.find(image_ids)
         if not len(self.ids):
             return at >= 0
@@ -188,16 +188,16 @@ class Store:
         return [self.results, *parts] if self.results.exists() else parts
 
     def index(self) -> Index:
-        """Read which tasks have a row, an `ok` one before any other, else the latest."""
+        """Read which tasks have a row: an `ok` one before any other, else the latest."""
         ids, status, attempts, _ = _winners(self.sources())
         return Index(ids, status, attempts)
 
     def compact(self, schema: pa.Schema, metadata: dict[str, str], run_id: str) -> Path:
         """Merge all parts into results.parquet, one row per task, in manifest order.
 
-        An `ok` row beats a later failure. `invalid` rows of earlier runs are dropped: this
-        run has read the manifest and said anew which rows are. Memory is bounded by
-        `COMPACT_ROWS` rows.
+        An `ok` row beats a later failure. `invalid` rows of earlier runs are dropped:
+        this run has read the manifest and said anew which rows are. Memory is bounded
+        by `COMPACT_ROWS` rows.
         """
         sources = self.sources()
         *_, places = _winners(sources)
@@ -244,15 +244,16 @@ class Store:
         if changed.any():
             rows = order[at[changed]] + 1
             shown = ", ".join(str(row) for row in sorted(rows.tolist())[:5])
+            more = ", …" if len(rows) > 5 else ""
             raise MismatchError(
                 f"{int(changed.sum())} rows of the manifest have changed since "
-                f"{self.root} was started: row {shown}{', …' if changed.sum() > 5 else ''}",
+                f"{self.root} was started: row {shown}{more}",
                 hint="use a new output folder, or give the changed rows new ids",
             )
         if whole and not found.all():
             raise MismatchError(
-                f"{int((~found).sum())} rows that {self.root} was started with are gone "
-                "from the manifest",
+                f"{int((~found).sum())} rows that {self.root} was started with are "
+                "gone from the manifest",
                 hint="use a new output folder, or put the rows back",
             )
         return len(ids) - int(found.sum())
@@ -305,7 +306,7 @@ Winners = tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]
 
 
 def _winners(sources: Sequence[Path]) -> Winners:
-    """Choose one row per image id: sorted ids, statuses, attempts; rows to keep by file."""
+    """Choose one row per image id: ids, statuses, attempts; what to keep of each file."""
     ids, status, attempts, lengths = [], [], [], []
     for path in sources:
         table = _read(path, ["image_id", "status", "attempts"])

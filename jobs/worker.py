@@ -1,12 +1,12 @@
 """One worker: a process that owns one device; leases in, published result rows out.
 
-    lease ──> batch ──> encode ──> denoise ──> decode ──> writer threads ──> part ──> told
-                                                          encode, hash, file
+    lease ──> batch ──> encode ──> denoise ──> decode ──> writers ──> part ──> told
+                                                          file, hash
 
 The main thread keeps the device busy; a bounded pool of threads writes images while the
-next batch runs. Rows become a part every `commit_every` images and at the end of a lease;
-only then is the supervisor told. Nothing is shared with other workers but the folder: one
-pipe each, so that a worker killed at any instruction can't hold a lock that others need.
+next batch runs. Rows become a part every `commit_every` images and at the end of a
+lease; only then is the supervisor told. Nothing is shared with other workers but the
+folder: one pipe each, so that a worker killed anywhere holds no lock that others need.
 When the supervisor is gone the pipe says so, and the worker ends at once.
 
 A call that fails is split in half until the task that breaks it stands alone.
@@ -191,7 +191,7 @@ class Worker:
         )
 
     def _attempt(self, tasks: list[Task]) -> list[Made | Row]:
-        """Call the device; on failure split the batch, down to the task that breaks it."""
+        """Call the device; on failure split the batch, down to the one that breaks it."""
         tasks = [replace(task, attempts=task.attempts + 1) for task in tasks]
         try:
             return [self._call(tasks)]
