@@ -1,0 +1,141 @@
+"""Train the base denoiser and its text encoders on noisy latents.
+
+Design: SDXL's own process (scaled-linear betas, 1000 steps, the noise is predicted),
+with losses weighted by min-SNR and steps drawn somewhat more often where the layout is
+decided. Captions are dropped to zeros, pooled vector included, as the base model's
+unconditional branch has it; some are empty texts, which negative prompts start from.
+
+Sources: Podell et al. 2023 (SDXL); Hang et al. 2023 (min-SNR).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from captions import caption
+from language import Language, load_language
+from latents import Batch, Latents
+from networks import make_unet
+from scenes import Scene
+from torch import nn
+from training import load_average, run_stage
+
+BATCH = 64
+MIN_SNR = 5.0
+ZERO_SHARE, EMPTY_SHARE = 0.1, 0.03
+SEEDS_FROM = 40_000_000
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+KEPT = torch.cumprod(1 - BETAS, 0)  # share of the signal's power, alpha-bar
+
+
+class Model(nn.Module):
+    """The denoiser and the text encoders, trained together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = make_unet()
+        self.language = Language()
+
+    def groups(self, rate: float) -> list[dict]:
+        """Return the optimizer's groups: words learn slower and are not decayed."""
+        return [
+            {"params": list(self.unet.parameters()), "lr": rate},
+            {
+                "params": list(self.language.parameters()),
+                "lr": rate / 5,
+                "weight_decay": 0.0,
+            },
+        ]
+
+    def noise_in(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        pooled: torch.Tensor,
+        time_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Predict the noise in latents x (B, 4, h, w)."""
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return self.unet(x, timesteps, context, added_cond_kwargs=added).sample
+
+
+def train_base(
+    work: Path, *, steps: int, rate: float = 1e-3, bf16: bool = True, **stage: object
+) -> Model:
+    """Train (or resume) the stage `base`, from the encoders of `language`."""
+    torch.manual_seed(3)
+    model = Model()
+    model.language.load_state_dict(load_language(work).state_dict())
+    run_stage(
+        model,
+        base_loss(model, Latents(work), bf16=bf16),
+        steps=steps,
+        rate=rate,
+        groups=model.groups(rate),
+        state_file=work / "base.pt",
+        **stage,
+    )
+    return model
+
+
+def load_base(work: Path) -> Model:
+    """Return the averaged model that the stage `base` has reached."""
+    model = Model()
+    load_average(work / "base.pt", model)
+    return model
+
+
+def base_loss(
+    model: Model, data: Latents, *, bf16: bool = True, count: int = BATCH
+) -> Callable[[int], dict[str, torch.Tensor]]:
+    """Return the loss of a step; the text encoders learn on every fourth."""
+
+    def loss_of(step: int) -> dict[str, torch.Tensor]:
+        if step % 200 == 0:
+            data.refresh()
+        rng = random.Random(SEEDS_FROM + step)
+        source = torch.Generator().manual_seed(SEEDS_FROM + step)
+        batch = data.batch(rng, count)
+        with torch.set_grad_enabled(step % 4 == 0):
+            context, pooled = conditions(model.language, batch.scenes, rng)
+        timesteps = any_timesteps(len(batch.scenes), source)
+        noise = torch.randn(batch.latents.shape, generator=source)
+        x = noised(batch, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            found = model.noise_in(x, timesteps, context, pooled, batch.time_ids)
+        errors = (found.float() - noise).square().mean((1, 2, 3))
+        snr = (KEPT / (1 - KEPT)).float()[timesteps]
+        late = errors[timesteps >= 700].mean()
+        return {"loss": (errors * (MIN_SNR / snr).clamp(max=1)).mean(), "late": late}
+
+    return loss_of
+
+
+def conditions(
+    language: Language, scenes: list[Scene], rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return context and pooled of captions, some empty and some dropped to zero."""
+    texts = [
+        "" if rng.random() < EMPTY_SHARE else caption(scene, rng) for scene in scenes
+    ]
+    keep = torch.tensor([float(rng.random() >= ZERO_SHARE) for _ in scenes])
+    context, pooled = language(texts)
+    return context * keep[:, None, None], pooled * keep[:, None]
+
+
+def any_timesteps(count: int, source: torch.Generator) -> torch.Tensor:
+    """Draw steps: seven of ten anywhere, three where the layout is decided."""
+    anywhere = torch.randint(0, 1000, (count,), generator=source)
+    early = torch.randint(600, 1000, (count,), generator=source)
+    pick = torch.rand(count, generator=source) < 0.7
+    return torch.where(pick, anywhere, early)
+
+
+def noised(batch: Batch, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """Return latents of variance about 1 at the given steps of the process."""
+    kept = KEPT.float()[timesteps][:, None, None, None]
+    return batch.latents * kept.sqrt() + noise * (1 - kept).sqrt()

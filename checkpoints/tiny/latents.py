@@ -1,0 +1,123 @@
+"""The data of the denoisers: drawings as latents, in chunk files that can be added to.
+
+Design: a chunk holds pictures of one size, their seeds and their size figures. Captions
+are not stored: a seed gives back its scene, and the scene is told anew at every step.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from drawing import View, pixels
+from scenes import Scene, draw_scene
+
+CHUNK = 128
+SEEDS_FROM = 30_000_000
+ASPECTS = ((128, 128),) * 6 + ((192, 128), (128, 192))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Scenes with their latents (B, 4, h, w), unit variance, and time_ids (B, 6)."""
+
+    scenes: list[Scene]
+    latents: torch.Tensor
+    time_ids: torch.Tensor
+
+
+def any_view(rng: random.Random, width: int, height: int) -> View:
+    """Draw how a scene is seen: mostly plain, else cropped, blurred or reduced."""
+    draw = rng.random()
+    if draw < 0.65:
+        return View(
+            width=width, height=height, canvas_width=width, canvas_height=height
+        )
+    if draw < 0.85:
+        return View(
+            width=width,
+            height=height,
+            canvas_width=width + rng.choice((0, 0, 16, 32, 48)),
+            canvas_height=height + rng.choice((0, 0, 16, 32, 48)),
+            left=rng.choice((0, 0, rng.randint(0, 40))),
+            top=rng.choice((0, 0, rng.randint(0, 40))),
+        )
+    resolution = rng.uniform(0.2, 0.8) if draw < 0.93 else rng.uniform(1, 8)
+    return View(
+        width=width,
+        height=height,
+        canvas_width=width,
+        canvas_height=height,
+        resolution=resolution,
+    )
+
+
+@torch.no_grad()
+def add_chunks(
+    work: Path, vae: AutoencoderKL, count: int, say: Callable[[str], None] = print
+) -> None:
+    """Encode chunks until `work` has `count` of them."""
+    folder = work / "latents"
+    folder.mkdir(exist_ok=True)
+    for index in range(len(list(folder.glob("*.npz"))), count):
+        width, height = ASPECTS[index % len(ASPECTS)]
+        rng = random.Random(SEEDS_FROM + index)
+        seeds = [rng.getrandbits(40) for _ in range(CHUNK)]
+        views = [any_view(rng, width, height) for _ in seeds]
+        pictures = np.stack(
+            [pixels(draw_scene(s), v) for s, v in zip(seeds, views, strict=True)]
+        )
+        latents = torch.cat(
+            [
+                vae.encode(x).latent_dist.mean * vae.config.scaling_factor
+                for x in torch.from_numpy(pictures).split(16)
+            ]
+        )
+        part = folder / f"{index:05d}.part"
+        with part.open("wb") as file:
+            np.savez(
+                file,
+                seeds=np.array(seeds, np.int64),
+                latents=latents.numpy().astype(np.float16),
+                time_ids=np.array([view.time_ids for view in views], np.float32),
+            )
+        part.replace(part.with_suffix(".npz"))
+        if index % 8 == 7:
+            say(f"latents {index + 1}/{count} chunks std {latents.std().item():.3f}")
+
+
+class Latents:
+    """Every chunk of a folder in memory (1 kB a picture); may grow while it is used."""
+
+    def __init__(self, work: Path) -> None:
+        self.folder = work / "latents"
+        self.chunks: dict[Path, dict[str, np.ndarray]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        for path in sorted(self.folder.glob("*.npz")):
+            if path not in self.chunks:
+                with np.load(path) as file:
+                    self.chunks[path] = dict(file)
+        self.shapes: dict[tuple[int, ...], list[dict[str, np.ndarray]]] = {}
+        for chunk in self.chunks.values():
+            self.shapes.setdefault(chunk["latents"].shape[2:], []).append(chunk)
+
+    def batch(self, rng: random.Random, count: int) -> Batch:
+        """Return `count` pictures of one size, the size chosen by its share."""
+        shapes = list(self.shapes)
+        shares = [len(self.shapes[shape]) for shape in shapes]
+        chunks = self.shapes[rng.choices(shapes, shares)[0]]
+        picks = [(rng.choice(chunks), rng.randrange(CHUNK)) for _ in range(count)]
+        latents = np.stack([chunk["latents"][i] for chunk, i in picks])
+        time_ids = np.stack([chunk["time_ids"][i] for chunk, i in picks])
+        return Batch(
+            scenes=[draw_scene(int(chunk["seeds"][i])) for chunk, i in picks],
+            latents=torch.from_numpy(latents).float(),
+            time_ids=torch.from_numpy(time_ids),
+        )
