@@ -118,7 +118,7 @@ class Resolved:
     output: OutputSection
 
     def pixels_depend_on(self) -> dict[str, Any]:
-        """List what pixels depend on besides the checkpoint: the fingerprint's fields."""
+        """List what pixels depend on, beside the checkpoint."""
         sampling = dataclasses.asdict(self.sampling)
         sampling.update(width=self.width, height=self.height)
         fields = {f"sampling.{key}": value for key, value in sampling.items()}

@@ -188,7 +188,7 @@ class Store:
         return [self.results, *parts] if self.results.exists() else parts
 
     def index(self) -> Index:
-        """Read which tasks have a row: an `ok` one before any other, else the latest."""
+        """Read which tasks have a row: an `ok` one first, else the latest."""
         ids, status, attempts, _ = _winners(self.sources())
         return Index(ids, status, attempts)
 
@@ -306,7 +306,7 @@ Winners = tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]
 
 
 def _winners(sources: Sequence[Path]) -> Winners:
-    """Choose one row per image id: ids, statuses, attempts; what to keep of each file."""
+    """Choose one row per image id: ids, statuses, attempts, and a mask per file."""
     ids, status, attempts, lengths = [], [], [], []
     for path in sources:
         table = _read(path, ["image_id", "status", "attempts"])

@@ -191,7 +191,7 @@ class Worker:
         )
 
     def _attempt(self, tasks: list[Task]) -> list[Made | Row]:
-        """Call the device; on failure split the batch, down to the one that breaks it."""
+        """Call the device; on failure split the batch, down to a single task."""
         tasks = [replace(task, attempts=task.attempts + 1) for task in tasks]
         try:
             return [self._call(tasks)]

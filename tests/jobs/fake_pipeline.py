@@ -1,7 +1,7 @@
 """A pipeline without a network: pixels are a hash of what a task asks for.
 
-It obeys the same contract as `sdxl.pipeline.Pipeline` (a picture depends on its own
-task alone), and does on demand what a device can do wrong: words in the prompt ask for it.
+It obeys the contract of `sdxl.pipeline.Pipeline` (a picture depends on its own task
+alone), and does on demand what a device can do wrong: words in the prompt ask for it.
 """
 
 from __future__ import annotations
