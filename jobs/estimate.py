@@ -9,6 +9,7 @@ from typing import Any
 from jobs import plan
 from jobs.config import JobConfig, resolve
 from jobs.errors import printable
+from jobs.images import BYTES_PER_PIXEL
 from jobs.manifest import Manifest, open_manifest
 from jobs.model import native_size
 from jobs.progress import duration
@@ -16,9 +17,6 @@ from jobs.records import Rejected
 
 CHUNK = 4_096
 SHOWN = 20
-
-# Bytes per pixel of a photograph-like picture; files of flat drawings are smaller.
-BYTES_PER_PIXEL = {"png": 1.6, "jpeg": 0.45, "webp": 0.25}
 
 # Seconds per image of SDXL-Base at 1024x1024, 40 guided Euler steps, on one Ascend 910B
 # card: the reference's published table. Not measured here; scaled by steps and pixels.

@@ -23,6 +23,7 @@ import numpy as np
 from jobs.config import Resolved, SamplingSection
 from jobs.errors import printable
 from jobs.manifest import Manifest
+from jobs.progress import counted
 from jobs.records import (
     Batch,
     Rejected,
@@ -93,7 +94,8 @@ def _survey(
     names: list[str] = []
     done = 0
     found = Survey(repeated=repeated)
-    for row in checked(manifest, resolved, repeated, limit):
+    rows = checked(manifest, resolved, repeated, limit)
+    for row in counted(rows, f"reading {manifest.path.name}"):
         found.rows += 1
         if isinstance(row, Rejected):
             found.invalid += 1

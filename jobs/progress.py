@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
 from jobs.errors import printable
 
 LINE_SECONDS = 30.0
+Row = TypeVar("Row")
 WINDOW_SECONDS = 120.0
 
 
@@ -96,6 +98,25 @@ class Progress:
             self._bar.write(printable(text, 2_000), file=self._stream)
         else:
             print(printable(text, 2_000), file=self._stream, flush=True)
+
+
+def counted(rows: Iterable[Row], what: str) -> Iterator[Row]:
+    """Pass rows through, saying now and then how many went by; short reads say nothing.
+
+    On a terminal it is a counter that goes away; in a log a line every `LINE_SECONDS`.
+    """
+    bar = tqdm(
+        rows,
+        desc=what,
+        unit=" rows",
+        unit_scale=True,
+        delay=2,
+        leave=False,
+        file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else LINE_SECONDS,
+    )
+    with bar:
+        yield from bar
 
 
 def duration(seconds: float) -> str:

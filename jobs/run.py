@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import signal
 import time
 import uuid
@@ -25,6 +26,7 @@ import jobs
 from jobs import plan
 from jobs.config import JobConfig, Resolved, cores, fingerprint, from_dict, resolve
 from jobs.errors import ExitCode, MismatchError
+from jobs.images import BYTES_PER_PIXEL
 from jobs.lock import FolderLock
 from jobs.manifest import Manifest, open_manifest
 from jobs.model import Model, file_sha256, open_model
@@ -153,6 +155,19 @@ class _Run:
             f"invalid) on {workers} {self.resolved.device_target} "
             f"worker{'s' if workers > 1 else ''}, into {self.store.root}"
         )
+
+        self._warn_of_full_disk(found)
+
+    def _warn_of_full_disk(self, found: plan.Survey) -> None:
+        pixels = sum(w * h * n for (w, h, _), n in found.image_steps.items())
+        share = found.pending / found.tasks if found.tasks else 0
+        need = pixels * share * BYTES_PER_PIXEL[self.resolved.output.format]
+        free = shutil.disk_usage(self.store.root).free
+        if need > free:
+            self.progress.say(
+                f"warning: the images may need {need / 1e9:.1f} GB, and "
+                f"{free / 1e9:.1f} GB are free; a full disk stops the run, resumable"
+            )
 
     def _compare(self, fields: dict[str, Any]) -> None:
         """Refuse a folder that belongs to a job with other pixels."""
