@@ -23,6 +23,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from sdxl.steps import Churn, adams_weights, ancestral_step, exponential_step
+
 Denoise = Callable[[np.ndarray, float], np.ndarray]
 Noise = Callable[[], np.ndarray]
 Observe = Callable[[int, int], None]
@@ -41,7 +43,7 @@ def sample_euler_edm(
     s_noise: float = 1.0,
 ) -> np.ndarray:
     """Take Euler steps after churning (Karras et al. 2022, algorithm 2, Euler part)."""
-    churn = _Churn(s_churn / (len(sigmas) - 1), s_tmin, s_tmax, s_noise)
+    churn = Churn(s_churn / max(len(sigmas) - 1, 1), s_tmin, s_tmax, s_noise)
     for sigma, below in _walk(sigmas, observe):
         x, sigma = churn(x, sigma, noise)
 
@@ -66,7 +68,7 @@ def sample_heun_edm(
 
     A step to 0 is an Euler step, so n steps cost 2n - 1 evaluations.
     """
-    churn = _Churn(s_churn / (len(sigmas) - 1), s_tmin, s_tmax, s_noise)
+    churn = Churn(s_churn / max(len(sigmas) - 1, 1), s_tmin, s_tmax, s_noise)
     for sigma, below in _walk(sigmas, observe):
         x, sigma = churn(x, sigma, noise)
 
@@ -126,8 +128,8 @@ def sample_dpmpp_2s_ancestral(
         x0 = denoise(x, sigma)
         if down > 0:
             middle = math.sqrt(sigma * down)
-            x0 = denoise(_exponential_step(x, x0, sigma, middle), middle)
-        x = _exponential_step(x, x0, sigma, down)
+            x0 = denoise(exponential_step(x, x0, sigma, middle), middle)
+        x = exponential_step(x, x0, sigma, down)
 
         if up > 0:
             x = x + noise() * (up * s_noise)
@@ -155,7 +157,7 @@ def sample_dpmpp_2m(
             last_sigma, last_x0 = before
             weight = 0.5 * math.log(sigma / below) / math.log(last_sigma / sigma)
             ahead = x0 * (1 + weight) - last_x0 * weight
-        x = _exponential_step(x, ahead, sigma, below)
+        x = exponential_step(x, ahead, sigma, below)
 
         before = sigma, x0
     return x
@@ -204,57 +206,6 @@ def sample_lcm(
         if below > 0:
             x = x + noise() * below
     return x
-
-
-def ancestral_step(sigma: float, below: float, eta: float) -> tuple[float, float]:
-    """Split a step to `below`: the level to step down to, the noise to add after it.
-
-    down² + up² = below², so the variance of the next level is kept.
-    """
-    spread = math.sqrt(max(sigma**2 - below**2, 0.0))
-    up = min(below, eta * below * spread / sigma)
-    return math.sqrt(below**2 - up**2), up
-
-
-def adams_weights(seen: list[float], below: float) -> list[float]:
-    """Integrate each Lagrange polynomial on the levels `seen` from the last to `below`.
-
-    Gauss-Legendre points, enough to be exact for polynomials of this degree.
-    """
-    points, shares = np.polynomial.legendre.leggauss((len(seen) + 1) // 2)
-    half = (below - seen[-1]) / 2
-    at = seen[-1] + half * (points + 1)
-    weights = []
-    for node in seen:
-        others = [other for other in seen if other != node]
-        basis = math.prod(((at - o) / (node - o) for o in others), start=np.ones(()))
-        weights.append(float(half * np.sum(shares * basis)))
-    return weights
-
-
-@dataclass(frozen=True, slots=True)
-class _Churn:
-    """Raise the noise level by a share of itself, with the noise that belongs there."""
-
-    share: float
-    low: float
-    high: float
-    s_noise: float
-
-    def __call__(
-        self, x: np.ndarray, sigma: float, noise: Noise
-    ) -> tuple[np.ndarray, float]:
-        if not (self.share > 0 and self.low <= sigma <= self.high):
-            return x, sigma
-        raised = sigma * (1 + min(self.share, math.sqrt(2) - 1))
-        return x + noise() * (math.sqrt(raised**2 - sigma**2) * self.s_noise), raised
-
-
-def _exponential_step(
-    x: np.ndarray, x0: np.ndarray, sigma: float, below: float
-) -> np.ndarray:
-    """Solve the ODE exactly for a constant x0: keep below/sigma of the way from it."""
-    return x * (below / sigma) + x0 * (1 - below / sigma)
 
 
 def _walk(sigmas: np.ndarray, observe: Observe | None) -> Iterator[tuple[float, float]]:

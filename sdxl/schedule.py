@@ -124,6 +124,27 @@ DISCRETIZATIONS: dict[str, Discretization] = {
 }
 
 
+def last_part(levels: np.ndarray, strength: float) -> np.ndarray:
+    """Keep the low end of a schedule, which img2img and the refiner run.
+
+    Of the n + 1 levels, the final 0 among them, int(strength (n + 1)) stay: 40 steps at
+    strength 0.75 keep 30 levels, 29 steps. One level, no step, is left at least. Raises
+    ValueError for a strength outside 0 to 1.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength `{strength}` is outside 0 to 1")
+    return levels[len(levels) - max(int(strength * len(levels)), 1) :]
+
+
+def first_part(levels: np.ndarray, strength: float) -> np.ndarray:
+    """Keep the high end of a schedule, down to where `last_part` of it begins.
+
+    The base stops there in mid-noise and the refiner goes on: 40 steps at strength 0.15
+    are split 35 + 5. Raises ValueError for a strength outside 0 to 1.
+    """
+    return levels[: len(levels) + 1 - len(last_part(levels, strength))]
+
+
 def initial_scale(sigma: float) -> float:
     """Give the factor from unit noise to a start at `sigma`: sqrt(1 + sigma^2)."""
     return float(np.sqrt(1 + float(sigma) ** 2))

@@ -196,6 +196,7 @@ def import_k_diffusion() -> types.ModuleType:
     """Import k-diffusion's samplers alone: the rest of it needs torchvision."""
     spec = importlib.util.find_spec("k_diffusion")
     package = types.ModuleType("k_diffusion")
+    package.__spec__ = spec
     package.__path__ = [str(Path(spec.origin).parent)]
     package.utils = types.ModuleType("k_diffusion.utils")
     package.utils.append_dims = lambda x, ndim: x[(...,) + (None,) * (ndim - x.ndim)]
