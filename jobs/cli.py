@@ -184,6 +184,46 @@ def sample(prompt: str, out: Path, seed: int | None, **options: Any) -> None:
     click.echo(f"made in {seconds:.1f} s after loading", err=True)
 
 
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Round to this type; each tensor keeps its own by default.",
+)
+@click.option("--preset", help="The geometry, where the file can't tell by itself.")
+def convert(source: Path, destination: Path, **options: Any) -> None:
+    """Write the checkpoint SOURCE in the layout that DESTINATION's name asks for.
+
+    .safetensors is the original single file, .ckpt MindSpore's with the reference's
+    names, a name without suffix a diffusers folder.
+
+    Example: sdxl-jobs convert sd_xl_base_1.0.safetensors sd_xl_base.ckpt --dtype fp16
+    """
+    from jobs.model import convert_checkpoint
+
+    convert_checkpoint(source, destination, **options)
+    click.echo(destination)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--preset", help="The geometry, where the file can't tell by itself.")
+def inspect(path: Path, as_json: bool, preset: str | None) -> None:
+    """Say what the checkpoint at PATH is: kind, layout, types, what is missing.
+
+    Example: sdxl-jobs inspect checkpoints/tiny/base.safetensors
+    """
+    from jobs.model import describe_inspection, inspect_checkpoint
+
+    report = inspect_checkpoint(path, preset=preset)
+    click.echo(json.dumps(report, indent=2) if as_json else describe_inspection(report))
+    if report["missing"] or report["extra"] or report["unfit"]:
+        sys.exit(ExitCode.ERROR)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: the one place where errors become lines and exit codes."""
     try:

@@ -1,15 +1,22 @@
-"""The checkpoint as the runner sees it: a path, a native size, a hash. No tensors."""
+"""The checkpoint as the runner sees it: a path, a native size, a hash. No tensors.
+
+`sdxl` has its own errors, which carry their hint in the same line (`…; hint: …`); here
+they become the runner's.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.config import ModelSection
 from jobs.errors import ModelError, nearest
+from jobs.progress import ByteBar
 
 BLOCK = 1 << 22
 
@@ -33,7 +40,7 @@ def open_model(section: ModelSection) -> Model:
     Raises:
         ModelError: none is given, it is not there, or it is not what it should be.
     """
-    from sdxl.weights import CheckpointError, open_checkpoint
+    from sdxl.weights import open_checkpoint
 
     if section.checkpoint is None:
         raise ModelError(
@@ -41,7 +48,7 @@ def open_model(section: ModelSection) -> Model:
             hint="name one with --checkpoint PATH or `model.checkpoint` in the config",
         )
     path = Path(section.checkpoint)
-    try:
+    with model_errors(path):
         checkpoint = open_checkpoint(path, preset=section.preset)
         checkpoint.check()
         return Model(
@@ -50,10 +57,57 @@ def open_model(section: ModelSection) -> Model:
             native_size=checkpoint.config.native_size,
             sha256=_sha256(checkpoint.files(), path),
         )
+
+
+@contextmanager
+def model_errors(path: Path) -> Iterator[None]:
+    """Turn what reading a checkpoint can raise into a ModelError."""
+    from sdxl.weights import CheckpointError
+
+    try:
+        yield
     except CheckpointError as error:
-        raise ModelError(str(error)) from None
+        message, _, hint = str(error).partition("; hint: ")
+        raise ModelError(message, hint=hint or None) from None
     except OSError as error:
-        raise ModelError(f"can't read {path}: {error.strerror}") from None
+        name = error.filename or path
+        raise ModelError(f"{name}: {error.strerror or error}") from None
+
+
+def convert_checkpoint(
+    source: Path, destination: Path, *, dtype: str | None, preset: str | None
+) -> None:
+    """Convert between layouts with a progress bar."""
+    from sdxl.convert import convert
+
+    with model_errors(source), ByteBar(f"writing {destination.name}") as bar:
+        convert(source, destination, dtype=dtype, preset=preset, progress=bar)
+
+
+def inspect_checkpoint(path: Path, *, preset: str | None) -> dict[str, Any]:
+    """Say what a checkpoint is, from its headers."""
+    from sdxl.convert import inspect
+
+    with model_errors(path):
+        found = dataclasses.asdict(inspect(path, preset=preset))
+    return found | {"path": str(path)}
+
+
+def describe_inspection(report: dict[str, Any]) -> str:
+    """Put an inspection into lines for people."""
+    preset = f" ({report['preset']})" if report["preset"] else ""
+    lines = [
+        f"{report['path']}: {report['kind']}{preset}, {report['layout']} layout, "
+        f"{', '.join(report['dtypes'])}",
+        f"  {report['tensors']:,} tensors, {report['parameters']:,} parameters, "
+        f"{report['nbytes'] / 1e9:.3g} GB",
+    ]
+    for what in ("missing", "extra", "unfit"):
+        names = report[what]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"  {what}: {', '.join(names[:3])}{more}")
+    return "\n".join(lines)
 
 
 def native_size(section: ModelSection) -> int:

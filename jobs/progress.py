@@ -119,6 +119,30 @@ def counted(rows: Iterable[Row], what: str) -> Iterator[Row]:
         yield from bar
 
 
+class ByteBar:
+    """Show bytes done of bytes in all: call it with both."""
+
+    def __init__(self, what: str) -> None:
+        self._bar = tqdm(
+            desc=what, unit="B", unit_scale=True, delay=1, leave=False, file=sys.stderr
+        )
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> ByteBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+
 def duration(seconds: float) -> str:
     """Write a duration for people: `42 s`, `3 min 5 s`, `2 h 10 min`, `12 d 4 h`."""
     whole = round(seconds)
