@@ -342,12 +342,14 @@ def _split(text: str, delimiter: str) -> list[str | None]:
     (fields,) = csv.reader([text], delimiter=delimiter, strict=True)
     if "" not in fields:
         return list(fields)
-    bare = _bare_empties(text, delimiter)
+    bare = _bare_empties(text, fields, delimiter)
     return [None if i in bare else cell for i, cell in enumerate(fields)]
 
 
-def _bare_empties(text: str, delimiter: str) -> set[int]:
+def _bare_empties(text: str, fields: list[str], delimiter: str) -> set[int]:
     """Find the cells that are empty without quotes: outside quotes, nothing between."""
+    if '""' not in text:
+        return {i for i, cell in enumerate(fields) if not cell}
     found, index, start, inside = set(), 0, 0, False
     for position, char in enumerate(text + delimiter):
         if char == '"':

@@ -15,7 +15,8 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -104,11 +105,13 @@ def _survey(
             continue
         ids.append(hash64(row.prompt_id))
         contents.append(row.content)
-        first = task_of(row, resolved, 0)
         images = _images(row, resolved)
         found.tasks += images
-        found.graphs[first.graph] += images
-        found.image_steps[first.width, first.height, first.steps] += images
+        width, height = row.width or resolved.width, row.height or resolved.height
+        guider = row.guider or resolved.sampling.guider
+        steps = row.steps or resolved.sampling.steps
+        found.graphs[width, height, guider] += images
+        found.image_steps[width, height, steps] += images
         if index is not None:
             names.extend(image_id(row.prompt_id, i) for i in range(images))
             if len(names) >= CHUNK:
@@ -138,8 +141,9 @@ def checked(
     for row in limited(manifest, limit):
         if isinstance(row, Request):
             row = _told_apart(row, repeated, seen, copies)
-        if isinstance(row, Request) and (reason := _impossible(row, resolved)):
-            row = _rejected(row, reason)
+        if isinstance(row, Request):
+            problem = _method(row, resolved.sampling).problem
+            row = _rejected(row, problem) if problem else row
         yield row
 
 
@@ -154,8 +158,7 @@ def task_of(request: Request, resolved: Resolved, index: int) -> Task:
     job = resolved.sampling
     width = request.width or resolved.width
     height = request.height or resolved.height
-    sampler = request.sampler or job.sampler
-    discretization = request.discretization or job.discretization
+    method = _method(request, job)
     negative = request.negative_prompt
     return Task(
         image_id=image_id(request.prompt_id, index),
@@ -166,12 +169,12 @@ def task_of(request: Request, resolved: Resolved, index: int) -> Task:
         negative_prompt=job.negative_prompt if negative is None else negative,
         seed=_seed(request, job.seed, index),
         seed_source="derived" if request.seed is None else "manifest",
-        sampler=sampler,
-        discretization=discretization,
+        sampler=method.sampler,
+        discretization=method.discretization,
         guider=request.guider or job.guider,
-        steps=request.steps or job.steps,
+        steps=method.steps,
         guidance_scale=_first(request.guidance_scale, job.guidance_scale),
-        **_options(request, job, sampler, discretization),
+        **method.options,
         width=width,
         height=height,
         original_width=_first(request.original_width, width),
@@ -268,57 +271,70 @@ def _rejected(row: Request, reason: str) -> Rejected:
     )
 
 
-def _impossible(row: Request, resolved: Resolved) -> str | None:
-    """Say what can't be done about a combination of settings, each fine by itself."""
-    job = resolved.sampling
-    sampler = row.sampler or job.sampler
-    discretization = row.discretization or job.discretization
-    takes = _defaults(sampler, discretization)
-    for name in OPTIONS:
-        if getattr(row, name) is not None and name not in takes:
-            owner = discretization if name in SIGMA_OPTIONS else sampler
-            return f"{name}: does not apply to {owner}"
-    steps, most = row.steps or job.steps, _max_steps(discretization)
-    if steps > most:
-        return f"steps: {steps} is above {most}, the most of {discretization}"
-    effective = _options(row, job, sampler, discretization)
-    low, high = effective["sigma_min"], effective["sigma_max"]
-    if low is not None and high is not None and low >= high:
-        return f"sigma_min: {low:g} is not below sigma_max, {high:g}"
-    return None
-
-
 SIGMA_OPTIONS = ("sigma_min", "sigma_max", "rho")
 OPTIONS = (*SIGMA_OPTIONS, "eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
+_asked_options = attrgetter(*OPTIONS)
 
 
-@cache
-def _defaults(sampler: str, discretization: str) -> dict[str, float]:
-    """Give the options that the two take, with their defaults."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """How a request is sampled: names, steps, and every option's effective value.
+
+    An option is None where it does not apply. `problem` says what can't be done about
+    the combination, each part of which is fine by itself.
+    """
+
+    sampler: str
+    discretization: str
+    steps: int
+    options: dict[str, float | None]
+    problem: str | None
+
+
+def _method(request: Request, job: SamplingSection) -> Method:
+    return _resolved_method(
+        request.sampler or job.sampler,
+        request.discretization or job.discretization,
+        request.steps or job.steps,
+        _asked_options(request),
+        _asked_options(job),
+    )
+
+
+@lru_cache(maxsize=65_536)
+def _resolved_method(
+    sampler: str,
+    discretization: str,
+    steps: int,
+    asked: tuple[float | None, ...],
+    usual: tuple[float | None, ...],
+) -> Method:
+    """Resolve a combination once: a manifest repeats few of them many times."""
     from sdxl.samplers import SAMPLERS
     from sdxl.schedule import DISCRETIZATIONS
 
-    return {**SAMPLERS[sampler].options, **DISCRETIZATIONS[discretization].defaults}
-
-
-@cache
-def _max_steps(discretization: str) -> int:
-    from sdxl.schedule import DISCRETIZATIONS
-
-    return DISCRETIZATIONS[discretization].max_steps
-
-
-def _options(
-    request: Request, job: SamplingSection, sampler: str, discretization: str
-) -> dict[str, float | None]:
-    """Give every option its effective value, None where it does not apply."""
-    defaults = _defaults(sampler, discretization)
-    effective: dict[str, float | None] = dict.fromkeys(OPTIONS)
-    for name, default in defaults.items():
-        effective[name] = _first(
-            getattr(request, name), _first(getattr(job, name), default)
-        )
-    return effective
+    spacing = DISCRETIZATIONS[discretization]
+    defaults = {**SAMPLERS[sampler].options, **spacing.defaults}
+    options: dict[str, float | None] = dict.fromkeys(OPTIONS)
+    problem = None
+    for name, by_row, by_job in zip(OPTIONS, asked, usual, strict=True):
+        if name in defaults:
+            options[name] = _first(by_row, _first(by_job, defaults[name]))
+        elif by_row is not None:
+            owner = discretization if name in SIGMA_OPTIONS else sampler
+            problem = f"{name}: does not apply to {owner}"
+    if steps > spacing.max_steps:
+        problem = f"steps: {steps} is above the {spacing.max_steps} of {discretization}"
+    low, high = options["sigma_min"], options["sigma_max"]
+    if low is not None and high is not None and low >= high:
+        problem = f"sigma_min: {low:g} is not below sigma_max, {high:g}"
+    return Method(
+        sampler=sampler,
+        discretization=discretization,
+        steps=steps,
+        options=options,
+        problem=problem,
+    )
 
 
 def _images(request: Request, resolved: Resolved) -> int:
