@@ -24,7 +24,14 @@ ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: one line that says what, where, and a hint."""
+    """A checkpoint that cannot be used: one line that says what, where, and a hint.
+
+    Names come from files: what could move a cursor or flood a screen is taken out.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else "\ufffd" for c in message[:2000])
+        super().__init__(line)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -146,6 +146,8 @@ def _recognise(
         for name, config in PRESETS.items()
     }
     best = max(fits, key=lambda name: fits[name])
+    if preset not in (None, best) and fits[best] == 1:
+        raise _mistaken(path, table, layout, best, preset)
     if fits[best] < 0.5:
         presets, first = ", ".join(PRESETS), next(iter(table), "")
         raise CheckpointError(
@@ -160,9 +162,22 @@ def _share_that_fits(
 ) -> float:
     specs = tensor_specs(config)
     found = ((table.get(spec.names_in(layout)[0]), spec.shape) for spec in specs)
-    return sum(stored is not None and stored.shape == s for stored, s in found) / len(
-        specs
-    )
+    fit = sum(stored is not None and stored.shape == shape for stored, shape in found)
+    return fit / len(specs)
+
+
+def _mistaken(
+    path: Path, table: Mapping[str, Stored], layout: Layout, best: str, preset: str
+) -> CheckpointError:
+    """Say which shapes tell the preset that was asked for from the one it is."""
+    shapes = {s.names_in(layout)[0]: s.shape for s in tensor_specs(PRESETS[preset])}
+    unlike = [
+        f"`{name}` is {list(stored.shape)}, expected {list(shapes[name])}"
+        for name, stored in table.items()
+        if name in shapes and stored.shape != shapes[name]
+    ]
+    what = count(unlike, f"unlike `{preset}`") or f"other names than `{preset}`"
+    return CheckpointError(f"{path}: is a `{best}`: {what}; hint: preset `{best}`")
 
 
 def _pair(
