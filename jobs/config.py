@@ -15,7 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,89 +23,29 @@ import yaml
 
 from jobs import settings
 from jobs.errors import ConfigError, nearest
+from jobs.sections import (
+    JobConfig,
+    Lora,
+    ModelSection,
+    OutputSection,
+    RefinerSection,
+    RuntimeSection,
+    SamplingSection,
+)
 
 DAVINCI = re.compile(r"davinci(\d+)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSection:
-    """Which network. A preset is needed only where the file can't tell by itself."""
-
-    preset: str | None = None
-    checkpoint: str | None = None
-    precision: Literal["auto", "fp32", "fp16"] = "auto"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingSection:
-    """What the pictures depend on; a manifest row may override each of them."""
-
-    sampler: str = "EulerEDMSampler"
-    discretization: str = "LegacyDDPMDiscretization"
-    guider: str = "VanillaCFG"
-    steps: int = 40
-    guidance_scale: float = 5.0
-    negative_prompt: str | None = None
-    width: int | None = None
-    height: int | None = None
-    num_images: int = 1
-    seed: int = 42
-    noise: Literal["numpy", "torch"] = "numpy"
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    rho: float | None = None
-    eta: float | None = None
-    s_churn: float | None = None
-    s_tmin: float | None = None
-    s_tmax: float | None = None
-    s_noise: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeSection:
-    """Where and how it runs; nothing here changes what a picture shows."""
-
-    device_target: Literal["auto", "Ascend", "CPU"] = "auto"
-    devices: str = "auto"
-    workers: int | None = None
-    batch_size: int = 1
-    jit_level: Literal["O0", "O1", "O2"] = "O2"
-    shard_batches: int | None = None
-    writer_threads: int = 2
-    max_attempts: int = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputSection:
-    """How results are written. `commit_every` counts pictures between two parts."""
-
-    format: Literal["png", "jpeg", "webp"] = "png"
-    quality: int = 95
-    png_level: int = 3
-    commit_every: int = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobConfig:
-    """A job's settings as asked."""
-
-    model: ModelSection = field(default_factory=ModelSection)
-    sampling: SamplingSection = field(default_factory=SamplingSection)
-    runtime: RuntimeSection = field(default_factory=RuntimeSection)
-    output: OutputSection = field(default_factory=OutputSection)
-
-    def as_dict(self) -> dict[str, dict[str, Any]]:
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
     """A job's settings as run: sizes, devices and precision are known."""
 
-    preset: str | None
-    checkpoint: Path | None
+    model: ModelSection
+    refiner: RefinerSection | None
+    kind: str
     precision: str
     sampling: SamplingSection
+    guider: str
     width: int
     height: int
     device_target: str
@@ -116,13 +56,24 @@ class Resolved:
     writer_threads: int
     max_attempts: int
     output: OutputSection
+    init_folder: Path = Path()
+
+    @property
+    def scores_aesthetics(self) -> bool:
+        """Tell whether a refiner is at work: only it knows the aesthetic score."""
+        return self.kind == "refiner" or self.refiner is not None
 
     def pixels_depend_on(self) -> dict[str, Any]:
         """List what pixels depend on, beside the checkpoint."""
         sampling = dataclasses.asdict(self.sampling)
-        sampling.update(width=self.width, height=self.height)
+        sampling.update(width=self.width, height=self.height, guider=self.guider)
         fields = {f"sampling.{key}": value for key, value in sampling.items()}
         fields["model.precision"] = self.precision
+        for name in ("scaling", "quantize_sigma"):
+            fields[f"model.{name}"] = getattr(self.model, name)
+        if self.refiner:
+            for name in ("stage2strength", "finish_denoising"):
+                fields[f"refiner.{name}"] = getattr(self.refiner, name)
         fields["output.format"] = self.output.format
         if self.output.format != "png":
             fields["output.quality"] = self.output.quality
@@ -150,12 +101,22 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> JobConfig:
         _refuse_unknown(section, _section_types(), f"section in {where}")
         for key in values:
             _refuse_unknown(key, _fields(section), f"key in `{section}:` of {where}")
-    if path and (checkpoint := tree.get("model", {}).get("checkpoint")):
-        tree["model"]["checkpoint"] = str(path.parent / str(checkpoint))
+    if path:
+        _from_folder(tree, path.parent)
     for text in overrides:
         section, key, value = _parse_override(text)
         tree.setdefault(section, {})[key] = value
     return from_dict(tree)
+
+
+def _from_folder(tree: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Take the relative paths of a config file from its own folder."""
+    for section in ("model", "refiner"):
+        if checkpoint := tree.get(section, {}).get("checkpoint"):
+            tree[section]["checkpoint"] = str(folder / str(checkpoint))
+    for lora in tree.get("model", {}).get("loras") or ():
+        if isinstance(lora, dict) and lora.get("path"):
+            lora["path"] = str(folder / str(lora["path"]))
 
 
 def from_dict(tree: Mapping[str, Mapping[str, Any]]) -> JobConfig:
@@ -175,19 +136,24 @@ def from_dict(tree: Mapping[str, Mapping[str, Any]]) -> JobConfig:
     return config
 
 
-def resolve(config: JobConfig, *, native_size: int) -> Resolved:
-    """Fill in every default that depends on the model or on the machine."""
+def resolve(config: JobConfig, *, native_size: int, kind: str = "base") -> Resolved:
+    """Fill in every default that depends on the model or on the machine.
+
+    `kind` is `base`, `refiner` or `lcm`. A latent consistency model takes its guidance
+    scale as an input, so it runs without classifier-free guidance unless asked to.
+    """
     target, devices = _devices(config.runtime)
     precision = config.model.precision
     if precision == "auto":
         precision = "fp16" if target == "Ascend" else "fp32"
     sampling = config.sampling
-    checkpoint = config.model.checkpoint
     return Resolved(
-        preset=config.model.preset,
-        checkpoint=Path(checkpoint) if checkpoint else None,
+        model=config.model,
+        refiner=config.refiner if config.refiner.checkpoint else None,
+        kind=kind,
         precision=precision,
         sampling=sampling,
+        guider=sampling.guider or ("IdentityGuider" if kind == "lcm" else "VanillaCFG"),
         width=sampling.width or native_size,
         height=sampling.height or native_size,
         device_target=target,
@@ -263,6 +229,7 @@ def _section_types() -> dict[str, Any]:
     return {
         "model": ModelSection,
         "sampling": SamplingSection,
+        "refiner": RefinerSection,
         "runtime": RuntimeSection,
         "output": OutputSection,
     }
@@ -320,6 +287,12 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         options = [t for t in typing.get_args(hint) if t is not type(None)]
         return None if value is None else _typed(value, options[0], name)
+    if typing.get_origin(hint) is tuple:
+        return _loras(value, name)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} is `{value}`; expected true or false")
+        return value
     if typing.get_origin(hint) is Literal:
         known = typing.get_args(hint)
         if value not in known:
@@ -330,6 +303,22 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         word = {int: "a whole number", float: "a number", str: "text"}[hint]
         raise ConfigError(f"{name} is `{value}`; expected {word}")
     return converted
+
+
+def _loras(value: Any, name: str) -> tuple[Lora, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{name}: expected a list of `path` and `scale`")
+    found = []
+    for item in value:
+        entry = dataclasses.asdict(item) if isinstance(item, Lora) else item
+        if not isinstance(entry, dict) or "path" not in entry:
+            raise ConfigError(f"{name}: every entry needs a `path`")
+        for key in entry:
+            _refuse_unknown(key, ("path", "scale"), f"key in {name}")
+        path = _typed(entry["path"], str, f"{name}.path")
+        scale = _typed(entry.get("scale", 1.0), float, f"{name}.scale")
+        found.append(Lora(path=path, scale=scale))
+    return tuple(found)
 
 
 def _scalar(value: Any, hint: type) -> Any:

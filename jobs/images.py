@@ -9,16 +9,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
+from jobs.settings import MAX_SIDE, SIZE_STEP
+
 EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 # Of photograph-like pictures, for estimates; files of flat drawings are smaller.
 BYTES_PER_PIXEL = {"png": 1.6, "jpeg": 0.45, "webp": 0.25}
+INIT_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 METADATA_KEY = "sdxl_jobs"
 BLACK_LEVEL = 2
 
@@ -74,6 +79,40 @@ def read_settings(data: bytes) -> dict[str, Any]:
         if text is None:
             text = image.getexif().get(ExifTags.Base.ImageDescription, "{}")
     return json.loads(text)
+
+
+def init_size(path: Path) -> tuple[int, int] | None:
+    """Read an initial image's size, cut to multiples of 64; None where it can't be."""
+    try:
+        with Image.open(path, formats=INIT_FORMATS) as image:
+            width, height = image.size
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None  # reading it in earnest says why
+    if min(width, height) < SIZE_STEP or max(width, height) > MAX_SIDE:
+        return None
+    return width - width % SIZE_STEP, height - height % SIZE_STEP
+
+
+def read_init(path: Path, width: int, height: int) -> np.ndarray:
+    """Read an initial image at the given size: (height, width, 3) uint8.
+
+    Resized as the reference does, by Pillow's default filter (bicubic); transparency is
+    dropped.
+
+    Raises:
+        OSError: it is missing, of an unknown kind, or too large to be unpacked safely.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=INIT_FORMATS) as image:
+                picture = image.convert("RGB").resize((width, height))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise OSError(f"init_image {path.name}: too many pixels") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a readable image"
+        raise OSError(f"init_image {path.name}: {reason}") from None
+    return np.asarray(picture)
 
 
 def pixel_sha256(pixels: np.ndarray) -> str:

@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.config import ModelSection
 from jobs.errors import ModelError, nearest
 from jobs.progress import ByteBar
+from jobs.sections import ModelSection, RefinerSection
 
 BLOCK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """An opened checkpoint: what the fingerprint and the defaults need of it."""
+    """An opened checkpoint: what the fingerprint and the defaults need of it.
+
+    `kind` is `base`, `refiner` or `lcm`; `sha256` also covers the LoRAs merged into it.
+    """
 
     path: Path
     kind: str
@@ -34,12 +37,28 @@ class Model:
         return {"path": str(self.path), "kind": self.kind, "sha256": self.sha256}
 
 
+def open_refiner(section: RefinerSection) -> Model | None:
+    """Check and hash the second stage's checkpoint, where there is one."""
+    if section.checkpoint is None:
+        return None
+    found = open_model(
+        ModelSection(checkpoint=section.checkpoint, preset=section.preset)
+    )
+    if found.kind != "refiner":
+        raise ModelError(
+            f"{found.path} is no refiner but a {found.kind} model",
+            hint="refiner.checkpoint wants SDXL-Refiner weights",
+        )
+    return found
+
+
 def open_model(section: ModelSection) -> Model:
     """Check the checkpoint's names, shapes and length, and hash it.
 
     Raises:
         ModelError: none is given, it is not there, or it is not what it should be.
     """
+    from sdxl.lora import Lora, LoraSet
     from sdxl.weights import open_checkpoint
 
     if section.checkpoint is None:
@@ -51,12 +70,18 @@ def open_model(section: ModelSection) -> Model:
     with model_errors(path):
         checkpoint = open_checkpoint(path, preset=section.preset)
         checkpoint.check()
-        return Model(
-            path=path,
-            kind=checkpoint.config.kind,
-            native_size=checkpoint.config.native_size,
-            sha256=_sha256(checkpoint.files(), path),
-        )
+        sha256 = _sha256(checkpoint.files(), path)
+    loras = [Lora(path=Path(lora.path), scale=lora.scale) for lora in section.loras]
+    for lora in loras:
+        with model_errors(lora.path):
+            LoraSet([lora], checkpoint.config)
+            sha256 = _joined(sha256, file_sha256(lora.path), lora.scale)
+    return Model(
+        path=path,
+        kind="lcm" if checkpoint.is_lcm else checkpoint.config.kind,
+        native_size=checkpoint.config.native_size,
+        sha256=sha256,
+    )
 
 
 @contextmanager
@@ -129,6 +154,10 @@ def _sha256(files: Sequence[Path], root: Path) -> str:
         return file_sha256(root)
     lines = [f"{file_sha256(f)}  {f.relative_to(root)}\n" for f in sorted(files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _joined(*parts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 
 from jobs.config import Resolved, SamplingSection
 from jobs.errors import printable
+from jobs.images import init_size
 from jobs.manifest import Manifest
 from jobs.progress import counted
 from jobs.records import (
@@ -61,6 +62,7 @@ class Survey:
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     contents: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     repeated: frozenset[int] = frozenset()
+    warnings: Counter[str] = field(default_factory=Counter)
 
     @property
     def requests(self) -> int:
@@ -94,6 +96,7 @@ def _survey(
     ids, contents = array("Q"), array("Q")
     names: list[str] = []
     done = 0
+    eps_trained = resolved.model.scaling == "EpsScaling"
     found = Survey(repeated=repeated)
     rows = checked(manifest, resolved, repeated, limit)
     for row in counted(rows, f"reading {manifest.path.name}"):
@@ -107,8 +110,10 @@ def _survey(
         contents.append(row.content)
         images = _images(row, resolved)
         found.tasks += images
-        width, height = row.width or resolved.width, row.height or resolved.height
-        guider = row.guider or resolved.sampling.guider
+        if eps_trained and (warning := _method(row, resolved.sampling).warning):
+            found.warnings[warning] += 1
+        width, height = size_of(row, resolved)
+        guider = row.guider or resolved.guider
         steps = row.steps or resolved.sampling.steps
         found.graphs[width, height, guider] += images
         found.image_steps[width, height, steps] += images
@@ -142,7 +147,7 @@ def checked(
         if isinstance(row, Request):
             row = _told_apart(row, repeated, seen, copies)
         if isinstance(row, Request):
-            problem = _method(row, resolved.sampling).problem
+            problem = _impossible(row, resolved)
             row = _rejected(row, problem) if problem else row
         yield row
 
@@ -156,8 +161,7 @@ def tasks_of(request: Request, resolved: Resolved) -> Iterator[Task]:
 def task_of(request: Request, resolved: Resolved, index: int) -> Task:
     """Resolve the `index`-th image of a request: defaults are filled in here alone."""
     job = resolved.sampling
-    width = request.width or resolved.width
-    height = request.height or resolved.height
+    width, height = size_of(request, resolved)
     method = _method(request, job)
     negative = request.negative_prompt
     return Task(
@@ -171,7 +175,7 @@ def task_of(request: Request, resolved: Resolved, index: int) -> Task:
         seed_source="derived" if request.seed is None else "manifest",
         sampler=method.sampler,
         discretization=method.discretization,
-        guider=request.guider or job.guider,
+        guider=request.guider or resolved.guider,
         steps=method.steps,
         guidance_scale=_first(request.guidance_scale, job.guidance_scale),
         **method.options,
@@ -183,8 +187,22 @@ def task_of(request: Request, resolved: Resolved, index: int) -> Task:
         crop_left=_first(request.crop_left, 0),
         target_width=_first(request.target_width, width),
         target_height=_first(request.target_height, height),
+        **_scores(request, resolved),
+        **_thresholding(request, job),
+        init_image=request.init_image,
+        strength=_first(request.strength, job.strength) if request.init_image else None,
         extras=request.extras,
     )
+
+
+def size_of(request: Request, resolved: Resolved) -> tuple[int, int]:
+    """Choose a size: the row's own, its ratio's, its initial image's, or the job's."""
+    if request.ratio:
+        return request.ratio
+    if request.init_image and not (request.width or request.height):
+        found = init_size(resolved.init_folder / request.init_image)
+        return found or (resolved.width, resolved.height)
+    return request.width or resolved.width, request.height or resolved.height
 
 
 def batches(tasks: Iterable[Task], batch_size: int) -> Iterator[Batch]:
@@ -259,6 +277,17 @@ def _told_apart(
     return _rejected(row, f"id: `{shown}` stands already at {seen[key]}")
 
 
+def _impossible(row: Request, resolved: Resolved) -> str | None:
+    """Say what can't be done about a combination of settings, each fine by itself."""
+    if row.ratio and (row.width or row.height):
+        return "ratio: stands beside a width or height; give one or the other"
+    if row.strength is not None and not row.init_image:
+        return "strength: does not apply without init_image"
+    if row.aesthetic_score is not None and not resolved.scores_aesthetics:
+        return "aesthetic_score: applies to a refiner alone"
+    return _method(row, resolved.sampling).problem
+
+
 def _rejected(row: Request, reason: str) -> Rejected:
     return Rejected(
         source_row=row.source_row,
@@ -269,6 +298,25 @@ def _rejected(row: Request, reason: str) -> Rejected:
         prompt=row.prompt,
         extras=row.extras,
     )
+
+
+def _scores(request: Request, resolved: Resolved) -> dict[str, float | None]:
+    """Give the aesthetic scores that only a refiner is conditioned on."""
+    job = resolved.sampling
+    names = ("aesthetic_score", "negative_aesthetic_score")
+    if not resolved.scores_aesthetics:
+        return dict.fromkeys(names)
+    return {name: _first(getattr(request, name), getattr(job, name)) for name in names}
+
+
+def _thresholding(request: Request, job: SamplingSection) -> dict[str, float | None]:
+    """Give dynamic thresholding's ratio and maximum; both None when it is off."""
+    ratio = _first(request.thresholding_ratio, job.thresholding_ratio)
+    most = _first(request.thresholding_maximum, job.thresholding_maximum)
+    return {
+        "thresholding_ratio": ratio,
+        "thresholding_maximum": None if ratio is None else most,
+    }
 
 
 SIGMA_OPTIONS = ("sigma_min", "sigma_max", "rho")
@@ -289,6 +337,7 @@ class Method:
     steps: int
     options: dict[str, float | None]
     problem: str | None
+    warning: str | None
 
 
 def _method(request: Request, job: SamplingSection) -> Method:
@@ -311,7 +360,7 @@ def _resolved_method(
 ) -> Method:
     """Resolve a combination once: a manifest repeats few of them many times."""
     from sdxl.samplers import SAMPLERS
-    from sdxl.schedule import DISCRETIZATIONS
+    from sdxl.schedule import DISCRETIZATIONS, outside_trained_range, sigmas
 
     spacing = DISCRETIZATIONS[discretization]
     defaults = {**SAMPLERS[sampler].options, **spacing.defaults}
@@ -328,12 +377,17 @@ def _resolved_method(
     low, high = options["sigma_min"], options["sigma_max"]
     if low is not None and high is not None and low >= high:
         problem = f"sigma_min: {low:g} is not below sigma_max, {high:g}"
+    warning = None
+    if not problem:
+        asked_sigmas = dict(zip(OPTIONS[:3], (low, high, options["rho"]), strict=True))
+        warning = outside_trained_range(sigmas(discretization, steps, **asked_sigmas))
     return Method(
         sampler=sampler,
         discretization=discretization,
         steps=steps,
         options=options,
         problem=problem,
+        warning=warning,
     )
 
 

@@ -51,6 +51,13 @@ class Request:
     crop_left: int | None = None
     target_width: int | None = None
     target_height: int | None = None
+    ratio: tuple[int, int] | None = None
+    init_image: str | None = None
+    strength: float | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
+    thresholding_ratio: float | None = None
+    thresholding_maximum: float | None = None
     extras: tuple[Any, ...] = ()
 
 
@@ -100,6 +107,12 @@ class Task:
     crop_left: int
     target_width: int
     target_height: int
+    init_image: str | None = None
+    strength: float | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
+    thresholding_ratio: float | None = None
+    thresholding_maximum: float | None = None
     attempts: int = 0
     extras: tuple[Any, ...] = ()
 
@@ -119,6 +132,9 @@ class Task:
             self.s_tmin,
             self.s_tmax,
             self.s_noise,
+            self.strength,
+            self.thresholding_ratio,
+            self.thresholding_maximum,
         )
 
     @property
@@ -196,6 +212,12 @@ _SETTINGS = (
     "crop_left",
     "target_width",
     "target_height",
+    "init_image",
+    "strength",
+    "aesthetic_score",
+    "negative_aesthetic_score",
+    "thresholding_ratio",
+    "thresholding_maximum",
 )
 _OF_A_TASK = (*_SETTINGS, "source_row", "seed_source", "attempts")
 MAX_MESSAGE = 2_048
@@ -280,11 +302,16 @@ RESULT_COLUMNS: dict[str, str] = {
     "target_width": "int32",
     "target_height": "int32",
     "aesthetic_score": "float32",
+    "negative_aesthetic_score": "float32",
+    "thresholding_ratio": "float32",
+    "thresholding_maximum": "float32",
+    "init_image": "string",
     "status": "string",
     "error_class": "string",
     "error_message": "string",
     "attempts": "int32",
     "image_path": "string",
+    "base_image_path": "string",
     "image_format": "string",
     "image_bytes": "int64",
     "image_sha256": "string",

@@ -29,7 +29,7 @@ from jobs.errors import ExitCode, MismatchError
 from jobs.images import BYTES_PER_PIXEL
 from jobs.lock import FolderLock
 from jobs.manifest import Manifest, open_manifest
-from jobs.model import Model, file_sha256, open_model
+from jobs.model import Model, file_sha256, open_model, open_refiner
 from jobs.pool import Pool, Stop
 from jobs.progress import Progress
 from jobs.records import SCHEMA_VERSION, Rejected, Task, invalid_row
@@ -70,6 +70,12 @@ class Order:
         checkpoint = tree["model"]["checkpoint"]
         if checkpoint:
             tree["model"]["checkpoint"] = str(Path(checkpoint).resolve())
+        if tree["refiner"]["checkpoint"]:
+            tree["refiner"]["checkpoint"] = str(
+                Path(tree["refiner"]["checkpoint"]).resolve()
+            )
+        for lora in tree["model"]["loras"]:
+            lora["path"] = str(Path(lora["path"]).resolve())
         return {
             "config": tree,
             "manifest": str(self.manifest.resolve()),
@@ -103,11 +109,17 @@ def run(order: Order, *, pipeline: str = PIPELINE) -> Summary:
         order.manifest, prompt_column=order.prompt_column, id_column=order.id_column
     )
     model = open_model(order.config.model)
-    resolved = resolve(order.config, native_size=model.native_size)
+    refiner = open_refiner(order.config.refiner)
+    resolved = replace(
+        resolve(order.config, native_size=model.native_size, kind=model.kind),
+        init_folder=order.manifest.resolve().parent,
+    )
     store = Store(order.output)
     store.prepare_root()
     with FolderLock(order.output):
-        return _Run(order, manifest, model, resolved, store, pipeline).execute()
+        return _Run(
+            order, manifest, model, refiner, resolved, store, pipeline
+        ).execute()
 
 
 @dataclass
@@ -115,6 +127,7 @@ class _Run:
     order: Order
     manifest: Manifest
     model: Model
+    refiner: Model | None
     resolved: Resolved
     store: Store
     pipeline: str
@@ -126,6 +139,8 @@ class _Run:
 
     def execute(self) -> Summary:
         fields = self.resolved.pixels_depend_on() | {"checkpoint": self.model.sha256}
+        if self.refiner:
+            fields["refiner.checkpoint"] = self.refiner.sha256
         self.fingerprint = fingerprint(fields)
         self._compare(fields)
         self.store.prepare()
@@ -156,6 +171,8 @@ class _Run:
             f"worker{'s' if workers > 1 else ''}, into {self.store.root}"
         )
 
+        for warning, rows in found.warnings.items():
+            self.progress.say(f"warning: {warning} ({rows} rows)")
         self._warn_of_full_disk(found)
 
     def _warn_of_full_disk(self, found: plan.Survey) -> None:
@@ -342,8 +359,8 @@ class _Run:
 def pipeline_options(resolved: Resolved, threads: int) -> dict[str, Any]:
     """Give the arguments of `sdxl.pipeline.Pipeline.load`."""
     return {
-        "checkpoint": resolved.checkpoint,
-        "preset": resolved.preset,
+        "checkpoint": Path(str(resolved.model.checkpoint)),
+        "preset": resolved.model.preset,
         "precision": resolved.precision,
         "jit_level": resolved.jit_level,
         "device_target": resolved.device_target,

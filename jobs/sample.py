@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from jobs import images, plan, settings
@@ -30,7 +30,7 @@ def make_sample(prompt: str, config: JobConfig, out: Path, seed: int | None) -> 
     except ValueError as error:
         raise ConfigError(str(error)) from None
     model = open_model(config.model)
-    resolved = replace(resolve(config, native_size=model.native_size), batch_size=1)
+    resolved = resolve(config, native_size=model.native_size, kind=model.kind)
     task = plan.task_of(
         Request(
             source_row=0,
@@ -44,6 +44,7 @@ def make_sample(prompt: str, config: JobConfig, out: Path, seed: int | None) -> 
         0,
     )
 
+    os.environ.setdefault("GLOG_v", "3")
     from sdxl.pipeline import Pipeline
 
     pipeline = Pipeline.load(**pipeline_options(resolved, cores()))

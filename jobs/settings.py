@@ -31,6 +31,7 @@ def parsers() -> dict[str, Parser]:
     from sdxl.noise import MAX_SEED
     from sdxl.samplers import SAMPLERS
     from sdxl.schedule import DISCRETIZATIONS
+    from sdxl.sizes import size_of
 
     size = _whole(1, MAX_SIZE_CONDITION)
     crop = _whole(0, MAX_SIZE_CONDITION)
@@ -40,10 +41,11 @@ def parsers() -> dict[str, Parser]:
         "num_images": _whole(1, 100_000),
         "width": side,
         "height": side,
+        "ratio": lambda value: size_of(str(value)),
         "steps": _whole(1, 1000),
         "sampler": _one_of("sampler", SAMPLERS),
         "discretization": _one_of("discretization", DISCRETIZATIONS),
-        "guider": _one_of("guider", ("VanillaCFG",)),
+        "guider": _one_of("guider", ("VanillaCFG", "IdentityGuider")),
         "guidance_scale": _number(0, 100),
         "sigma_min": _number(1e-6, 1e6),
         "sigma_max": _number(1e-6, 1e6),
@@ -59,6 +61,12 @@ def parsers() -> dict[str, Parser]:
         "crop_left": crop,
         "target_width": size,
         "target_height": size,
+        "init_image": path,
+        "strength": _number(0, 1),
+        "aesthetic_score": _number(0, 100),
+        "negative_aesthetic_score": _number(0, 100),
+        "thresholding_ratio": _number(1e-3, 1),
+        "thresholding_maximum": _number(1, 1e6),
     }
 
 
@@ -73,6 +81,14 @@ def text(value: Any) -> str:
             f"holds half a surrogate pair at character {error.start + 1}"
         ) from None
     return value
+
+
+def path(value: Any) -> str:
+    """Take the path of a file, as text."""
+    name = text(value)
+    if not name or "\0" in name or len(name) > 4096:
+        raise ValueError(f"`{_shown(name)}` is not a path")
+    return name
 
 
 def side(value: Any) -> int:
@@ -134,8 +150,8 @@ def _one_of(what: str, known: Any) -> Parser:
     names = frozenset(known)
 
     def parse_name(value: Any) -> str:
-        if value in names:
-            return str(value)
+        if isinstance(value, str) and value in names:
+            return value
         raise ValueError(
             f"unknown {what} `{_shown(value)}`; {nearest(str(value)[:100], names)}"
         )
