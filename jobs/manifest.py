@@ -6,32 +6,28 @@ A manifest that can't be understood as a whole (no prompt column, not Parquet at
 an error. A row that can't be used is a `Rejected` with file, line and reason, and the
 rows around it are made. Memory does not grow with the number of rows.
 
-CSV is read to RFC 4180, strictly: a quote that opens and never closes rejects its own
-line, not the rest of the file. A bare empty cell means "not given"; a quoted empty cell
-(`""`) is empty text. TSV is the same with tabs, except that a quote which does not
-enclose the whole cell is an ordinary character, as files without any quoting want it.
+A bare empty cell of a CSV or TSV means "not given"; a quoted one (`""`) is empty text.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs import settings
+from jobs.delimited import Lines, decoded, opened, records
 from jobs.errors import ManifestError, nearest, printable
 from jobs.records import RESULT_COLUMNS, Rejected, Request, hash64
 
-MAX_LINE = 4 << 20
-MAX_RECORD_LINES = 2_000
+MAX_DEPTH = 64
+MAX_EXTRAS = 1_000
 MAX_ID = 512
 MAX_PROMPT = 100_000
 FORMATS = {
@@ -43,7 +39,6 @@ FORMATS = {
     ".ndjson": "jsonl",
 }
 DELIMITERS = {"csv": ",", "tsv": "\t"}
-csv.field_size_limit(MAX_LINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +83,11 @@ class Manifest:
             names: dict[str, str] = {}
             for cells in _jsonl_cells(self.path):
                 names.update(dict.fromkeys(cells.values, "string"))
+                if len(names) > MAX_EXTRAS:
+                    raise ManifestError(
+                        f"{self.path}: its lines have over {MAX_EXTRAS} different keys",
+                        hint="put what is not a setting under one key",
+                    )
             found = names
         extras = {n: t for n, t in found.items() if n not in self._known}
         for name in extras:
@@ -213,17 +213,17 @@ def _columns(path: Path, kind: str) -> tuple[str, ...] | None:
         return None
     if kind == "parquet":
         return tuple(_parquet_schema(path).names)
-    with _opened(path) as stream:
-        header = next(_delimited(stream, DELIMITERS[kind]), None)
+    with opened(path) as stream:
+        header = next(records(stream, DELIMITERS[kind]), None)
     if header is None:
         raise ManifestError(f"{path}: empty file")
-    _, fields, problem = header
+    number, fields, problem = header
     if problem:
-        raise ManifestError(f"{path} line 1: {problem}")
+        raise ManifestError(f"{path} line {number}: {problem}")
     names = tuple(name.strip() for name in fields if name is not None)
     if len(names) != len(fields) or len(set(names)) != len(names):
         raise ManifestError(
-            f"{path} line 1: the header has an empty or repeated column name",
+            f"{path} line {number}: the header has an empty or repeated column name",
             hint="the first line must name every column once",
         )
     return names
@@ -231,7 +231,8 @@ def _columns(path: Path, kind: str) -> tuple[str, ...] | None:
 
 def _checked_id(value: Any) -> str:
     text = str(value)
-    if isinstance(value, bool | float) or not text.strip():
+    plain = isinstance(value, str | int) and not isinstance(value, bool)
+    if not plain or not text.strip():
         raise ValueError(f"id: `{printable(text, 40)}` can't be an id")
     if len(text) > MAX_ID:
         raise ValueError(f"id: {len(text)} characters, at most {MAX_ID} are allowed")
@@ -275,11 +276,11 @@ def _content_hash(values: dict[str, Any]) -> int:
 
 
 def _delimited_cells(path: Path, delimiter: str) -> Iterator[Cells]:
-    with _opened(path) as stream:
-        records = _delimited(stream, delimiter)
-        _, header, _ = next(records)
-        names = [name.strip() for name in header]
-        for number, fields, problem in records:
+    with opened(path) as stream:
+        found = records(stream, delimiter)
+        _, header, _ = next(found)
+        names = [name.strip() for name in header if name is not None]
+        for number, fields, problem in found:
             if problem is None and len(fields) != len(names):
                 problem = f"{len(fields)} cells where the header has {len(names)}"
             if problem:
@@ -288,143 +289,47 @@ def _delimited_cells(path: Path, delimiter: str) -> Iterator[Cells]:
                 yield Cells(number, dict(zip(names, fields, strict=True)))
 
 
-def _delimited(
-    stream: BinaryIO, delimiter: str
-) -> Iterator[tuple[int, list[str | None], str | None]]:
-    """Yield (line number, cells, problem) per record; a bare empty cell is None."""
-    lines = _Lines(stream)
-    for number, raw in lines:
-        if not raw.strip(b"\r\n"):
-            continue
-        try:
-            line = _decoded(raw)
-            if '"' in line:
-                fields = _quoted(line, delimiter, lines)
-            else:
-                fields = [cell or None for cell in line.split(delimiter)]
-        except ValueError as error:
-            yield number, [], str(error)
-            continue
-        yield number, fields, None
-
-
-def _quoted(line: str, delimiter: str, lines: _Lines) -> list[str | None]:
-    """Split a record that holds quotes, taking further lines while one is open."""
-    if delimiter == "\t":
-        try:
-            return _split(line, delimiter)
-        except csv.Error:
-            return [cell or None for cell in line.split(delimiter)]
-    taken: list[bytes] = []
-    text = line
-    while True:
-        try:
-            return _split(text, delimiter)
-        except csv.Error as error:
-            unclosed = "unexpected end of data" in str(error)
-            more = lines.take() if unclosed and len(taken) < MAX_RECORD_LINES else None
-            if more is None:
-                lines.put_back(taken)
-                reason = "never closes" if unclosed else "inside a cell is not doubled"
-                raise ValueError(f"a quote {reason}") from None
-        taken.append(more)
-        if sum(map(len, taken)) > MAX_LINE:
-            lines.put_back(taken)
-            raise ValueError("a quote never closes")
-        try:
-            text += "\n" + _decoded(more)
-        except ValueError:
-            lines.put_back(taken)
-            raise
-
-
-def _split(text: str, delimiter: str) -> list[str | None]:
-    (fields,) = csv.reader([text], delimiter=delimiter, strict=True)
-    if "" not in fields:
-        return list(fields)
-    bare = _bare_empties(text, fields, delimiter)
-    return [None if i in bare else cell for i, cell in enumerate(fields)]
-
-
-def _bare_empties(text: str, fields: list[str], delimiter: str) -> set[int]:
-    """Find the cells that are empty without quotes: outside quotes, nothing between."""
-    if '""' not in text:
-        return {i for i, cell in enumerate(fields) if not cell}
-    found, index, start, inside = set(), 0, 0, False
-    for position, char in enumerate(text + delimiter):
-        if char == '"':
-            inside = not inside
-        elif char == delimiter and not inside:
-            if position == start:
-                found.add(index)
-            index, start = index + 1, position + 1
-    return found
-
-
-class _Lines:
-    """Numbered physical lines of bounded length, with room to put some back."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._waiting: list[bytes] = []
-        self._number = 0
-
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        while (line := self.take()) is not None:
-            yield self._number, line
-
-    def take(self) -> bytes | None:
-        line = self._waiting.pop() if self._waiting else self._stream.readline(MAX_LINE)
-        if not line:
-            return None
-        if len(line) >= MAX_LINE and not line.endswith(b"\n"):
-            while (rest := self._stream.readline(MAX_LINE)) and rest[-1:] != b"\n":
-                pass
-        self._number += 1
-        return line
-
-    def put_back(self, lines: list[bytes]) -> None:
-        self._waiting.extend(reversed(lines))
-        self._number -= len(lines)
-
-
-def _decoded(raw: bytes) -> str:
-    if len(raw) >= MAX_LINE:
-        raise ValueError(f"a line of over {MAX_LINE >> 20} MB")
-    try:
-        return raw.rstrip(b"\r\n").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start + 1} of the line") from None
-
-
-def _opened(path: Path) -> BinaryIO:
-    stream = path.open("rb", buffering=1 << 20)
-    start = stream.peek(4)[:4]
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        stream.close()
-        raise ManifestError(f"{path}: UTF-16 text", hint="save it as UTF-8")
-    if start.startswith((b"PAR1", b"PK\x03\x04", b"\x1f\x8b")):
-        stream.close()
-        raise ManifestError(f"{path}: not text, whatever its suffix says")
-    if start.startswith(codecs.BOM_UTF8):
-        stream.read(len(codecs.BOM_UTF8))
-    return stream
-
-
 def _jsonl_cells(path: Path) -> Iterator[Cells]:
-    with _opened(path) as stream:
-        for number, raw in _Lines(stream):
+    with opened(path) as stream:
+        for number, raw in Lines(stream):
             if not raw.strip():
                 continue
             try:
-                row = json.loads(_decoded(raw), parse_constant=_refuse_constant)
-            except (ValueError, RecursionError) as error:
+                yield Cells(number, _json_row(raw))
+            except RecursionError:
+                yield Cells(number, problem="not a line of JSON: nested too deeply")
+            except ValueError as error:
                 yield Cells(number, problem=f"not a line of JSON: {error}")
-                continue
-            if isinstance(row, dict):
-                yield Cells(number, row)
-            else:
-                yield Cells(number, problem="expected a JSON object")
+
+
+def _json_row(raw: bytes) -> dict[str, Any]:
+    row = json.loads(
+        decoded(raw),
+        parse_constant=_refuse_constant,
+        object_pairs_hook=_refuse_repeated_keys,
+    )
+    if not isinstance(row, dict):
+        raise ValueError("expected a JSON object")
+    for key, value in row.items():
+        settings.text(key)
+        _check_depth(value, MAX_DEPTH)
+    return row
+
+
+def _check_depth(value: Any, levels: int) -> None:
+    """Refuse what could not be written again without running out of stack."""
+    if isinstance(value, dict | list):
+        if not levels:
+            raise ValueError(f"nested over {MAX_DEPTH} levels deep")
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_depth(inner, levels - 1)
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
 
 
 def _refuse_constant(name: str) -> None:
