@@ -1,4 +1,4 @@
-"""The full-size SDXL-Base, with random weights, through the command line: `make test-full`.
+"""The full-size SDXL-Base with random weights, through the commands: `make test-full`.
 
 It writes a real 2,514-tensor fp16 file of 6.9 GB into a temporary folder, and reads it.
 """
