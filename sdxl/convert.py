@@ -24,7 +24,13 @@ from sdxl.ckpt_file import CkptWriter
 from sdxl.diffusers_folder import STEMS
 from sdxl.diffusers_json import write_folder_files
 from sdxl.safetensors_file import SafetensorsWriter
-from sdxl.stored import DTYPES, CheckpointError, expected_nbytes
+from sdxl.stored import (
+    DTYPES,
+    CheckpointError,
+    expected_nbytes,
+    from_bytes,
+    to_bytes,
+)
 from sdxl.tensor_spec import Layout, TensorSpec
 from sdxl.weights import open_checkpoint
 
@@ -182,8 +188,9 @@ class _Conversion:
         absent = next((spec for spec in specs if spec.form == "absent"), None)
         if absent is None:
             return {"format": "pt"}
-        scale = float(self.checkpoint.read(absent))
-        return {"format": "pt", "logit_scale": repr(scale)}
+        scale, dtype = self.checkpoint.read(absent), self.dtypes[absent.name]
+        rounded = from_bytes(to_bytes(scale, dtype, absent.name), dtype)
+        return {"format": "pt", "logit_scale": repr(float(rounded[0]))}
 
     def _write_safetensors(
         self, path: Path, specs: tuple[TensorSpec, ...], metadata: dict[str, str]

@@ -9,27 +9,26 @@ from pathlib import Path
 
 import numpy as np
 
-from sdxl.config import BASE, REFINER, TINY_CLIP, TINY_OPENCLIP, ModelConfig
+from sdxl.config import BASE, REFINER, ModelConfig
 from sdxl.layouts import tensor_specs
 from sdxl.random_weights import random_tensor
 from sdxl.safetensors_file import SafetensorsWriter
 
+WIDTHS = {"clip": 32, "openclip": 64}
+
 
 def _narrow(config: ModelConfig, scalars: int) -> ModelConfig:
+    """Give both encoders widths of their own: diffusers tells them apart by these."""
     text = tuple(
-        replace(
-            TINY_CLIP if encoder.kind == "clip" else TINY_OPENCLIP,
-            layers=encoder.layers,
-            mlp_width=64,
-        )
+        replace(encoder, width=WIDTHS[encoder.kind], heads=2, mlp_width=64)
         for encoder in config.text_encoders
     )
     unet = replace(
         config.unet,
         model_channels=32,
         head_dim=32,
-        context_dim=32 * len(text),
-        adm_in_channels=32 + scalars * 16,
+        context_dim=sum(encoder.width for encoder in text),
+        adm_in_channels=64 + scalars * 16,
     )
     return replace(
         config,
