@@ -26,6 +26,7 @@ from jobs.delimited import Lines, decoded, opened, records
 from jobs.errors import ManifestError, nearest, printable
 from jobs.records import RESULT_COLUMNS, Rejected, Request, hash64
 
+PARQUET_ROWS = 1_024
 MAX_DEPTH = 64
 MAX_EXTRAS = 1_000
 MAX_ID = 512
@@ -365,9 +366,9 @@ def _parquet_cells(path: Path) -> Iterator[Cells]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=4096):
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
                 names = batch.schema.names
-                columns = [column.to_pylist() for column in batch.columns]
+                columns = [_values(name, batch[name]) for name in names]
                 for values in zip(*columns, strict=True):
                     number += 1
                     yield Cells(number, dict(zip(names, values, strict=True)))
@@ -378,8 +379,19 @@ def _parquet_cells(path: Path) -> Iterator[Cells]:
         ) from None
 
 
+def _values(name: str, column: pa.Array) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError, LookupError) as error:
+        # A date of the year 12000, an unknown time zone, bytes that are no UTF-8.
+        raise ValueError(f"column `{name}`: {str(error).splitlines()[0]}") from None
+
+
 def _plain(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
+    """Give the type in which a column passes through: one that can be sorted."""
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    return {"string_view": pa.string(), "binary_view": pa.binary()}.get(str(kind), kind)
 
 
 def _csv_cells(path: Path) -> Iterable[Cells]:

@@ -52,7 +52,7 @@ def test_four_formats_give_the_same_requests(tmp_path):
         {"id": "b", "prompt": "", "negative_prompt": "", "tag": None},
         {"id": "c", "prompt": 'ünïcode "quoted" 🦊', "steps": 8, "tag": ""},
     ]
-    names = list(table[0]) + ["negative_prompt", "steps"]
+    names = [*table[0], "negative_prompt", "steps"]
 
     def cell(value, delimiter):
         if value is None:
@@ -232,7 +232,7 @@ def test_a_missing_file_a_folder_and_an_unreadable_file_are_refused(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", deny)
-    with pytest.raises(ManifestError, match="locked.csv: Permission denied"):
+    with pytest.raises(ManifestError, match=r"locked\.csv: Permission denied"):
         open_manifest(path)
 
 
