@@ -85,12 +85,16 @@ class Conditioning:
         return self.context, self.vector
 
 
+def frequencies(half: int, *, spaces: int | None = None) -> np.ndarray:
+    """Return (half,) float32: 1, falling evenly in logarithm, 1e-4 after `spaces`."""
+    steps = np.arange(half) / (spaces or half)
+    return np.exp(-math.log(MAX_PERIOD) * steps).astype(np.float32)
+
+
 def sinusoid(values: np.ndarray, width: int) -> np.ndarray:
     """Embed (n,) numbers: (n, width) float32, cosines first, then sines."""
-    half = width // 2
-    exponent = np.float32(-math.log(MAX_PERIOD)) * np.arange(half, dtype=np.float32)
-    frequencies = np.exp(exponent / np.float32(half))
-    angles = np.asarray(values, np.float32).reshape(-1, 1) * frequencies
+    values = np.asarray(values, np.float32).reshape(-1, 1)
+    angles = values * frequencies(width // 2)
     return np.concatenate((np.cos(angles), np.sin(angles)), axis=1)
 
 

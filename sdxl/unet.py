@@ -7,18 +7,14 @@ a plain list. Figures: Podell et al. 2023, and the published configs.
 
 from __future__ import annotations
 
-import math
-
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, nn
 from mindspore import ops as msops
 
 from sdxl import ops
+from sdxl.conditioning import frequencies
 from sdxl.config import UNetConfig
 from sdxl.layers import Conv2d, Dense, GroupNorm, Identity, LayerNorm, SiLU
-
-MAX_PERIOD = 10_000
 
 
 class Sinusoid(nn.Cell):
@@ -26,9 +22,7 @@ class Sinusoid(nn.Cell):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        half = width // 2
-        exponent = np.arange(half, dtype=np.float32) * np.float32(-math.log(MAX_PERIOD))
-        self.frequencies = Tensor(np.exp(exponent / np.float32(half)))
+        self.frequencies = Tensor(frequencies(width // 2))
 
     def construct(self, t: Tensor) -> Tensor:
         angle = t.reshape(-1, 1).astype(ms.float32) * self.frequencies
@@ -44,8 +38,7 @@ class GuidanceSinusoid(nn.Cell):
     def __init__(self, width: int) -> None:
         super().__init__()
         half = width // 2
-        exponent = np.arange(half, dtype=np.float32) * np.float32(-math.log(MAX_PERIOD))
-        self.frequencies = Tensor(np.exp(exponent / np.float32(half - 1)))
+        self.frequencies = Tensor(frequencies(half, spaces=half - 1))
 
     def construct(self, guidance: Tensor) -> Tensor:
         w = (guidance.reshape(-1, 1).astype(ms.float32) - 1) * 1000
