@@ -25,8 +25,9 @@ from typing import Any, Protocol
 
 from jobs import worker
 from jobs.errors import OutputError, WorkerError
+from jobs.parts import result_schema
 from jobs.records import Batch, Shard, Task, failure_row
-from jobs.store import Store, result_schema
+from jobs.store import Store
 from jobs.worker import WorkerSpec
 
 POLL_SECONDS = 0.2

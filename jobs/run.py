@@ -30,10 +30,11 @@ from jobs.images import BYTES_PER_PIXEL
 from jobs.lock import FolderLock
 from jobs.manifest import Manifest, open_manifest
 from jobs.model import Model, file_sha256, open_model, open_refiner
+from jobs.parts import result_schema
 from jobs.pool import Pool, Stop
 from jobs.progress import Progress
 from jobs.records import SCHEMA_VERSION, Rejected, Task, invalid_row
-from jobs.store import Index, Store, result_schema
+from jobs.store import Index, Store
 from jobs.worker import WorkerSpec
 
 PIPELINE = "sdxl.pipeline:Pipeline.load"
@@ -203,21 +204,20 @@ class _Run:
             )
 
     def _write_job(self, fields: dict[str, Any], found: plan.Survey) -> None:
-        self.store.write_json(
-            self.store.job,
-            {
-                "schema_version": SCHEMA_VERSION,
-                "sdxl_jobs_version": jobs.__version__,
-                "run_id": self.run_id,
-                "asked": self.order.as_dict(),
-                "fingerprint": self.fingerprint,
-                "fingerprint_fields": fields,
-                "model": self.model.describe(),
-                "rows": found.rows,
-                "tasks": found.tasks,
-                "invalid": found.invalid,
-            },
-        )
+        job = {
+            "schema_version": SCHEMA_VERSION,
+            "sdxl_jobs_version": jobs.__version__,
+            "run_id": self.run_id,
+            "asked": self.order.as_dict(),
+            "fingerprint": self.fingerprint,
+            "fingerprint_fields": fields,
+            "model": self.model.describe(),
+            "rows": found.rows,
+            "tasks": found.tasks,
+            "invalid": found.invalid,
+        }
+        self.store.write_json(self.store.copy_of_job(self.run_id), job, "copy")
+        self.store.write_json(self.store.job, job, "job")
 
     def _work(self, found: plan.Survey, index: Index) -> None:
         tasks = self._tasks(found, index)
@@ -353,6 +353,7 @@ class _Run:
                 "eta_seconds": self.progress.eta_seconds,
                 "workers": workers,
             },
+            "status",
         )
 
 

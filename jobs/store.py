@@ -3,10 +3,12 @@
     DIR/job.json            the resolved settings, the manifest and the fingerprint
     DIR/rows.npz            two hashes per manifest row: its id, its content
     DIR/images/ab/….png     the pictures
-    DIR/parts/….parquet     result rows as they are committed
+    DIR/parts/….parquet     result rows as they are committed, now and then merged
     DIR/results.parquet     all of them, compacted, one row per task
     DIR/status.json         what the runner last said of itself; a convenience
-    DIR/lock, DIR/log.txt, DIR/logs/worker-0.log
+    DIR/lock, DIR/log.txt
+    DIR/logs/….log, ….json  what each worker said; job.json as each run wrote it
+    DIR/damaged/            what `verify --repair` put aside
 
 Every file is published by rename: written beside its place, fsynced, moved. A task is
 done if and only if a published part, or results.parquet, has its row.
@@ -15,58 +17,54 @@ done if and only if a published part, or results.parquet, has its row.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
+import stat
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from jobs import parts, seal
+from jobs.crash import point
 from jobs.errors import MismatchError, OutputError
-from jobs.records import RESULT_COLUMNS, SCHEMA_VERSION
+from jobs.parts import CLASSES, STATUSES
+from jobs.records import SCHEMA_VERSION
 
 TEMPORARY = ".tmp-"
-STATUSES = ("ok", "failed", "invalid")
-COMPACT_ROWS = 250_000
-
-_ARROW = {
-    "string": pa.string(),
-    "bool": pa.bool_(),
-    "int32": pa.int32(),
-    "int64": pa.int64(),
-    "float32": pa.float32(),
-    "list<string>": pa.list_(pa.string()),
-    "timestamp": pa.timestamp("us", tz="UTC"),
-}
+MERGE_AT = 512
+REREADS = 10
+FOLDERS = ("images", "parts", "logs")
+_JOB_KEYS = {"run_id", "asked", "fingerprint", "fingerprint_fields", "rows", "tasks"}
 
 
-def result_schema(extras: pa.Schema | None = None) -> pa.Schema:
-    """Give the schema of result rows, with the manifest's own columns at the end."""
-    schema = pa.schema([(name, _ARROW[kind]) for name, kind in RESULT_COLUMNS.items()])
-    for column in extras or ():
-        schema = schema.append(column)
-    return schema
+def publish(path: Path, data: bytes, kind: str = "file") -> None:
+    """Write a file so that it is there whole or not at all, whatever happens.
 
-
-def publish(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens."""
+    `kind` names it for the points of `crash`.
+    """
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
+            point(kind, "written")
             os.fsync(file.fileno())
+        point(kind, "synced")
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+    point(kind, "renamed")
 
 
 def sync_folder(folder: Path) -> None:
@@ -78,13 +76,33 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder unless it is there; one that leads elsewhere is refused."""
+    path.mkdir(exist_ok=True)
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        raise OSError(errno.ELOOP, "it is a symbolic link", str(path))
+
+
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Which tasks have a row: sorted image ids (uint64), and the status of each."""
+    """Which tasks have a row: sorted image ids (uint64), and what became of each.
+
+    With `again`, a mask, all is done but the rows it marks: they are to be retried.
+    """
 
     ids: np.ndarray
     status: np.ndarray
     attempts: np.ndarray
+    classes: np.ndarray
+    again: np.ndarray | None = None
+
+    def retrying(self, only: Iterable[str] | None) -> Index:
+        """Mark the failed rows, or those of some error classes, to be made again."""
+        again = self.status == STATUSES.index("failed")
+        if only is not None:
+            codes = [CLASSES.index(name) for name in only]
+            again &= np.isin(self.classes, codes)
+        return replace(self, again=again)
 
     def counts(self) -> dict[str, int]:
         return {s: int((self.status == i).sum()) for i, s in enumerate(STATUSES)}
@@ -101,8 +119,17 @@ class Index:
         """Tell which images are made or failed for good; an invalid row is neither."""
         at = self.find(image_ids)
         if not len(self.ids):
-            return at >= 0
+            return (at >= 0) | (self.again is not None)
+        if self.again is not None:
+            return (at < 0) | ~self.again[at]
         return (at >= 0) & (self.status[at] != STATUSES.index("invalid"))
+
+    def attempts_of(self, image_ids: Sequence[str]) -> np.ndarray:
+        """Give how often each image was tried so far."""
+        at = self.find(image_ids)
+        if not len(self.ids):
+            return np.zeros(len(at), np.int32)
+        return np.where(at >= 0, self.attempts[at], 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +146,13 @@ class Store:
     def job(self) -> Path:
         return self.root / "job.json"
 
+    @property
+    def rows(self) -> Path:
+        return self.root / "rows.npz"
+
+    def copy_of_job(self, run_id: str) -> Path:
+        return self.root / "logs" / f"job-{run_id}.json"
+
     def prepare_root(self) -> None:
         """Make the output folder itself, so that it can be locked."""
         try:
@@ -129,96 +163,150 @@ class Store:
     def prepare(self) -> None:
         """Make the folders, and clear away what a killed run left half-written."""
         try:
-            for folder in ("images", "parts", "logs"):
-                (self.root / folder).mkdir(parents=True, exist_ok=True)
-            for folder in (self.root, self.root / "parts"):
+            for name in FOLDERS:
+                make_folder(self.root / name)
+            inner = [f for f in (self.root / "images").iterdir() if f.name[:1] != "."]
+            for folder in inner:
+                make_folder(folder)
+            for folder in (self.root, self.root / "parts", *inner):
                 for leftover in folder.glob(f"{TEMPORARY}*"):
                     leftover.unlink(missing_ok=True)
-            for leftover in (self.root / "images").glob(f"*/{TEMPORARY}*"):
-                leftover.unlink(missing_ok=True)
         except OSError as error:
-            raise OutputError(f"can't write {self.root}: {error.strerror}") from None
+            raise OutputError(
+                f"can't write {error.filename or self.root}: {error.strerror}"
+            ) from None
 
     def read_job(self) -> dict[str, Any]:
         """Read what the folder's job is.
 
         Raises:
-            OutputError: there is none, or it can't be read.
+            OutputError: there is none, or it is not what was written.
         """
         try:
+            wrong = seal.broken(self.job)
             job = json.loads(self.job.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise OutputError(
                 f"{self.root} holds no job (no job.json)",
                 hint="start one with `sdxl-jobs run MANIFEST --output DIR`",
             ) from None
-        except (OSError, ValueError) as error:
-            raise OutputError(f"can't read {self.job}: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            wrong, job = f"can't be read: {error}", None
+        if wrong is None and not (isinstance(job, dict) and set(job) >= _JOB_KEYS):
+            wrong = "is not a job's"
+        if wrong or job is None:
+            raise OutputError(
+                f"{self.job} {wrong}",
+                hint="`sdxl-jobs verify --repair` restores it from its copy",
+            )
         return job
 
-    def write_json(self, path: Path, value: Any) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
-        publish(path, text.encode() + b"\n")
+    def write_json(self, path: Path, value: dict[str, Any], kind: str) -> None:
+        """Publish a mapping as a sealed JSON file."""
+        text = json.dumps(
+            value | {"sha256": seal.ZEROS}, indent=2, ensure_ascii=False, default=str
+        )
+        publish(path, seal.seal(text.encode() + b"\n", ".json"), kind)
 
     def write_part(
         self, name: str, rows: list[dict[str, Any]], schema: pa.Schema
     ) -> Path:
         """Publish result rows as `parts/<name>.parquet`, after the images they name."""
         path = self.root / "parts" / f"{name}.parquet"
-        for folder in {Path(r["image_path"]).parent for r in rows if r["image_path"]}:
+        folders = {Path(r["image_path"]).parent for r in rows if r["image_path"]}
+        for folder in sorted(folders):
             sync_folder(self.root / folder)
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd"
-        )
-        publish(path, sink.getvalue().to_pybytes())
+        if folders:
+            sync_folder(self.root / "images")
+        point("image", "durable")
+        publish(path, parts.encode(rows, schema), "part")
         sync_folder(path.parent)
+        point("part", "durable")
         return path
 
     def part_ids(self, path: Path) -> list[tuple[str, str]]:
         """Read (image id, status) of a part."""
-        table = _read(path, ["image_id", "status"])
+        table = parts.read(path, ["image_id", "status"])
         return list(
             zip(table["image_id"].to_pylist(), table["status"].to_pylist(), strict=True)
         )
 
-    def sources(self) -> list[Path]:
-        """List the files that hold result rows, oldest first."""
-        parts = sorted((self.root / "parts").glob("*.parquet"), key=_age)
-        return [self.results, *parts] if self.results.exists() else parts
+    def merge(self, names: Sequence[str]) -> None:
+        """Put several parts into one, so that a long job has few files.
+
+        Whoever dies between publishing it and removing them leaves rows twice, which
+        `parts.winners` counts once.
+        """
+        sources = [self.root / "parts" / f"{name}.parquet" for name in names]
+        tables = [parts.read(path).replace_schema_metadata() for path in sources]
+        table = pa.concat_tables(tables, promote_options="default")
+        path = self.root / "parts" / f"merged-{uuid.uuid4().hex}.parquet"
+        publish(path, parts.encode_table(table), "merged")
+        sync_folder(path.parent)
+        point("merged", "durable")
+        for part in sources:
+            part.unlink(missing_ok=True)
+            point("merged", "swept")
+
+    def merge_leftovers(self) -> None:
+        """Merge the parts that earlier runs left, where they are many."""
+        left = [path.stem for path in self.sources() if path != self.results]
+        while len(left) > MERGE_AT:
+            names, left = left[:MERGE_AT], left[MERGE_AT:]
+            self.merge(names)
+
+    def sources(self, run_id: str | None = None) -> list[Path]:
+        """List the files that hold result rows, oldest first, a run's own the last."""
+
+        def age(path: Path) -> tuple[bool, int, str]:
+            own = run_id is not None and run_id in path.name
+            return own, path.stat().st_mtime_ns, path.name
+
+        found = sorted((self.root / "parts").glob("*.parquet"), key=age)
+        return [self.results, *found] if self.results.exists() else found
 
     def index(self) -> Index:
-        """Read which tasks have a row: an `ok` one first, else the latest."""
-        ids, status, attempts, _ = _winners(self.sources())
-        return Index(ids, status, attempts)
+        """Read which tasks have a row. A run may go on: its files come and go."""
+        for _ in range(REREADS):
+            with contextlib.suppress(FileNotFoundError):
+                best = parts.winners(self.sources())
+                return Index(best.ids, best.status, best.attempts, best.classes)
+        raise OutputError(f"the parts in {self.root} change too fast", hint="try again")
 
-    def compact(self, schema: pa.Schema, metadata: dict[str, str], run_id: str) -> Path:
+    def compact(
+        self, schema: pa.Schema, metadata: dict[str, str], run_id: str | None
+    ) -> Path:
         """Merge all parts into results.parquet, one row per task, in manifest order.
 
-        An `ok` row beats a later failure. `invalid` rows of earlier runs are dropped:
-        this run has read the manifest and said anew which rows are. Memory is bounded
-        by `COMPACT_ROWS` rows.
+        With a run id, `invalid` rows of other runs are dropped: this run has read the
+        manifest and said anew which rows are. Memory is bounded by `COMPACT_ROWS`.
         """
-        sources = self.sources()
-        *_, places = _winners(sources)
+        sources = self.sources(run_id)
+        masks = parts.winners(sources).masks
         schema = schema.with_metadata(
             {**metadata, "sdxl_jobs.schema_version": str(SCHEMA_VERSION)}
         )
-        temporary = self.root / f"{TEMPORARY}{uuid.uuid4().hex}"
+        temporary = self.root / f"{TEMPORARY}{uuid.uuid4().hex}.parquet"
         try:
-            with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-                for table in _in_order(sources, places, schema, run_id):
-                    writer.write_table(table)
+            parts.write(
+                temporary, parts.in_order(sources, masks, schema, run_id), schema
+            )
+            point("results", "written")
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
+            point("results", "synced")
             temporary.replace(self.results)
-            sync_folder(self.root)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
+        point("results", "renamed")
+        sync_folder(self.root)
+        point("results", "durable")
         for part in sources:
             if part != self.results:
                 part.unlink(missing_ok=True)
+                point("results", "swept")
         return self.results
 
     # Which manifest this folder has seen ----------------------------------------------
@@ -267,17 +355,28 @@ class Store:
             contents = np.concatenate([known["contents"], contents[fresh]])
         sink = io.BytesIO()
         np.savez(sink, ids=ids, contents=contents)
-        publish(self.root / "rows.npz", sink.getvalue())
+        with zipfile.ZipFile(sink, "a") as archive:
+            archive.comment = (seal.NPZ_COMMENT + seal.ZEROS).encode()
+        publish(self.rows, seal.seal(sink.getvalue(), ".npz"), "rows")
 
     def _known_rows(self) -> dict[str, np.ndarray] | None:
-        path = self.root / "rows.npz"
-        if not path.exists():
-            return None
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                return {name: stored[name] for name in ("ids", "contents")}
-        except (OSError, ValueError, KeyError) as error:
-            raise OutputError(f"can't read {path}: {error}") from None
+            wrong = seal.broken(self.rows)
+            with np.load(self.rows, allow_pickle=False) as stored:
+                known = {name: stored[name] for name in ("ids", "contents")}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, EOFError, *_ZIP_ERRORS) as error:
+            wrong = f"can't be read: {error}"
+        if wrong:
+            raise OutputError(
+                f"{self.rows} {wrong}",
+                hint="`sdxl-jobs verify --repair` puts it aside; `resume` goes on",
+            )
+        return known
+
+
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def _lookup(ordered: np.ndarray, asked: np.ndarray) -> np.ndarray:
@@ -285,92 +384,3 @@ def _lookup(ordered: np.ndarray, asked: np.ndarray) -> np.ndarray:
         return np.full(len(asked), -1)
     at = np.minimum(np.searchsorted(ordered, asked), len(ordered) - 1)
     return np.where(ordered[at] == asked, at, -1)
-
-
-def _age(path: Path) -> tuple[int, str]:
-    return (path.stat().st_mtime_ns, path.name)
-
-
-def _read(path: Path, columns: list[str]) -> pa.Table:
-    try:
-        return pq.read_table(path, columns=columns)
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        raise OutputError(
-            f"can't read {path}: {first}",
-            hint="if it is damaged, move it away: its tasks are made again by `resume`",
-        ) from None
-
-
-Winners = tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]
-
-
-def _winners(sources: Sequence[Path]) -> Winners:
-    """Choose one row per image id: ids, statuses, attempts, and a mask per file."""
-    ids, status, attempts, lengths = [], [], [], []
-    for path in sources:
-        table = _read(path, ["image_id", "status", "attempts"])
-        ids.append(
-            np.fromiter((int(i, 16) for i in table["image_id"].to_pylist()), np.uint64)
-        )
-        known = {name: number for number, name in enumerate(STATUSES)}
-        status.append(
-            np.array([known[s] for s in table["status"].to_pylist()], np.int8)
-        )
-        attempts.append(table["attempts"].to_numpy().astype(np.int32))
-        lengths.append(len(table))
-    if not ids:
-        empty = np.empty(0, np.int8)
-        return np.empty(0, np.uint64), empty, np.empty(0, np.int32), []
-    all_ids, all_status = np.concatenate(ids), np.concatenate(status)
-    newest_first = -np.arange(len(all_ids))
-    order = np.lexsort((newest_first, all_status != 0, all_ids))
-    first = np.ones(len(order), bool)
-    first[1:] = all_ids[order][1:] != all_ids[order][:-1]
-    chosen = order[first]
-    keep = np.zeros(len(all_ids), bool)
-    keep[chosen] = True
-    by_file = np.split(keep, np.cumsum(lengths)[:-1])
-    return (
-        all_ids[chosen],
-        all_status[chosen],
-        np.concatenate(attempts)[chosen],
-        by_file,
-    )
-
-
-def _in_order(
-    sources: Sequence[Path], keep: Sequence[np.ndarray], schema: pa.Schema, run_id: str
-) -> Iterator[pa.Table]:
-    """Yield the kept rows sorted by manifest row, a bounded number at a time."""
-    rows = [_read(path, ["source_row"])["source_row"].to_numpy() for path in sources]
-    kept = [r[k] for r, k in zip(rows, keep, strict=True)]
-    every = np.sort(np.concatenate(kept)) if kept else np.empty(0, np.int64)
-    starts = np.unique(every[::COMPACT_ROWS])
-    for low, high in zip(starts, [*starts[1:], None], strict=True):
-        tables = []
-        for path, mask, source_row in zip(sources, keep, rows, strict=True):
-            wanted = mask & (source_row >= low)
-            if high is not None:
-                wanted &= source_row < high
-            if wanted.any():
-                table = _read(path, pq.read_schema(path).names)
-                tables.append(_conform(table.filter(pa.array(wanted)), schema))
-        table = pa.concat_tables(tables)
-        stale = (table["status"].to_numpy() == "invalid") & (
-            table["run_id"].to_numpy() != run_id
-        )
-        table = table.filter(pa.array(~stale))
-        yield table.sort_by([("source_row", "ascending"), ("image_index", "ascending")])
-    if not len(starts):
-        yield schema.empty_table()
-
-
-def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    columns = [
-        table[column.name].cast(column.type)
-        if column.name in table.column_names
-        else pa.nulls(len(table), column.type)
-        for column in schema
-    ]
-    return pa.table(columns, schema=schema)

@@ -35,6 +35,7 @@ import numpy as np
 
 from jobs import images
 from jobs.config import OutputSection
+from jobs.parts import result_schema
 from jobs.records import (
     Batch,
     Shard,
@@ -44,7 +45,7 @@ from jobs.records import (
     picture_settings,
     task_row,
 )
-from jobs.store import Store, publish, result_schema
+from jobs.store import Store, make_folder, publish
 
 COMMIT_SECONDS = 30.0
 Row = dict[str, Any]
@@ -256,8 +257,8 @@ class Worker:
             )
             relative = image_path(row["image_id"], images.EXTENSIONS[output.format])
             path = self._store.root / relative
-            path.parent.mkdir(exist_ok=True)
-            publish(path, encoded.data)
+            make_folder(path.parent)
+            publish(path, encoded.data, "image")
         finally:
             self._room.release()
         return row | {

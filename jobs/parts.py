@@ -1,0 +1,245 @@
+"""Result rows in Parquet files: parts as they are committed, and results.parquet.
+
+A row may stand in several files: a failure that was tried again, or the leavings of a
+run that died between publishing a merged file and removing what went into it. One row
+counts: an `ok` one first, else the one with the most attempts, else the latest.
+
+Every file carries the CRC of each page and its own seal (see `seal`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs import seal
+from jobs.errors import OutputError
+from jobs.records import RESULT_COLUMNS
+
+STATUSES = ("ok", "failed", "invalid")
+COMPACT_ROWS = 250_000
+GROUP_ROWS = 32_768
+
+_ARROW = {
+    "string": pa.string(),
+    "bool": pa.bool_(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float32": pa.float32(),
+    "list<string>": pa.list_(pa.string()),
+    "timestamp": pa.timestamp("us", tz="UTC"),
+}
+_WRITING = {"compression": "zstd", "write_page_checksum": True}
+
+
+def result_schema(extras: pa.Schema | None = None) -> pa.Schema:
+    """Give the schema of result rows, with the manifest's own columns at the end."""
+    schema = pa.schema([(name, _ARROW[kind]) for name, kind in RESULT_COLUMNS.items()])
+    for column in extras or ():
+        schema = schema.append(column)
+    return schema
+
+
+def encode(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
+    """Write rows as the bytes of a sealed Parquet file."""
+    return encode_table(pa.Table.from_pylist(rows, schema=_sealable(schema)))
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """Write a table as the bytes of a sealed Parquet file."""
+    sink = pa.BufferOutputStream()
+    schema = _sealable(table.schema)
+    pq.write_table(table.replace_schema_metadata(schema.metadata), sink, **_WRITING)
+    return seal.seal(sink.getvalue().to_pybytes(), ".parquet")
+
+
+def write(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
+    """Write tables, one after the other, to a sealed Parquet file."""
+    with pq.ParquetWriter(path, _sealable(schema), **_WRITING) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=GROUP_ROWS)
+    seal.seal_file(path)
+
+
+def read(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read columns of a file, or all of them, checking each page's CRC.
+
+    Raises:
+        FileNotFoundError: it is not there (any more).
+        OutputError: it can't be read.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            missing = [n for n in columns or () if n not in file.schema_arrow.names]
+            if missing:
+                raise ValueError(f"no column `{missing[0]}`")
+            return file.read(columns=columns)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OutputError(
+            f"can't read {path}: {first}",
+            hint="`sdxl-jobs verify --repair` puts it aside; `resume` makes it good",
+        ) from None
+
+
+def sound_groups(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield what can still be trusted of a damaged file: row groups that read whole."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if not set(RESULT_COLUMNS) <= set(file.schema_arrow.names):
+                return
+            groups = file.num_row_groups
+    except (pa.ArrowException, OSError, ValueError, KeyError):
+        return
+    for group in range(groups):
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                yield conform(file.read_row_group(group), schema)
+        except (pa.ArrowException, OSError, ValueError, KeyError):
+            continue
+
+
+def schema_of(path: Path) -> pa.Schema:
+    """Read the columns of a file, without its metadata."""
+    with pq.ParquetFile(path) as file:
+        return file.schema_arrow.remove_metadata()
+
+
+@dataclass(frozen=True, slots=True)
+class Winners:
+    """The rows that count: their ids in order (uint64), and a mask for each file."""
+
+    ids: np.ndarray
+    status: np.ndarray
+    attempts: np.ndarray
+    classes: np.ndarray
+    masks: list[np.ndarray]
+
+
+def winners(sources: Sequence[Path]) -> Winners:
+    """Choose one row per image id of all files, given the oldest first."""
+    columns = [_read_index(path) for path in sources]
+    if not columns:
+        return Winners(
+            np.empty(0, np.uint64),
+            np.empty(0, np.int8),
+            np.empty(0, np.int32),
+            np.empty(0, np.uint8),
+            [],
+        )
+    ids, status, attempts, classes = map(np.concatenate, zip(*columns, strict=True))
+    newest_first = -np.arange(len(ids))
+    order = np.lexsort((newest_first, -attempts, status != 0, ids))
+    first = np.ones(len(order), bool)
+    first[1:] = ids[order][1:] != ids[order][:-1]
+    chosen = order[first]
+    keep = np.zeros(len(ids), bool)
+    keep[chosen] = True
+    ends = np.cumsum([len(found[0]) for found in columns])
+    return Winners(
+        ids[chosen],
+        status[chosen],
+        attempts[chosen],
+        classes[chosen],
+        np.split(keep, ends[:-1]),
+    )
+
+
+CLASSES = (
+    "",
+    "oom",
+    "nan",
+    "invalid_row",
+    "io",
+    "device",
+    "timeout",
+    "worker_lost",
+    "bug",
+)
+OTHER = 255
+
+
+def _read_index(path: Path) -> tuple[np.ndarray, ...]:
+    table = read(path, ["image_id", "status", "attempts", "error_class"])
+    try:
+        ids = np.fromiter(
+            (int(i, 16) for i in table["image_id"].to_pylist()), np.uint64
+        )
+        status = _codes(table["status"], STATUSES)
+        classes = _codes(table["error_class"], CLASSES)
+        attempts = table["attempts"].to_numpy().astype(np.int32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise OutputError(
+            f"can't read {path}: {error}",
+            hint="`sdxl-jobs verify --repair` puts it aside; `resume` makes it good",
+        ) from None
+    return ids, status, attempts, classes
+
+
+def _codes(column: pa.ChunkedArray, known: tuple[str, ...]) -> np.ndarray:
+    """Number the words of a column by their place in `known`; null is the first."""
+    words = column.combine_chunks().dictionary_encode()
+    found = words.dictionary.to_pylist()
+    if unknown := [w for w in found if w not in known and known is STATUSES]:
+        raise ValueError(f"unknown status `{unknown[0][:40]}`")
+    numbers = [known.index(w) if w in known else OTHER for w in found]
+    codes = words.indices.fill_null(len(numbers)).to_numpy(zero_copy_only=False)
+    return np.array([*numbers, 0], np.uint8)[codes]
+
+
+def in_order(
+    sources: Sequence[Path],
+    keep: Sequence[np.ndarray],
+    schema: pa.Schema,
+    run_id: str | None,
+) -> Iterator[pa.Table]:
+    """Yield the kept rows sorted by manifest row, a bounded number at a time.
+
+    With a run id, `invalid` rows of other runs are left out.
+    """
+    rows = [read(path, ["source_row"])["source_row"].to_numpy() for path in sources]
+    kept = [r[k] for r, k in zip(rows, keep, strict=True)]
+    every = np.sort(np.concatenate(kept)) if kept else np.empty(0, np.int64)
+    starts = np.unique(every[::COMPACT_ROWS])
+    for low, high in zip(starts, [*starts[1:], None], strict=True):
+        tables = []
+        for path, mask, source_row in zip(sources, keep, rows, strict=True):
+            wanted = mask & (source_row >= low)
+            if high is not None:
+                wanted &= source_row < high
+            if wanted.any():
+                tables.append(conform(read(path).filter(pa.array(wanted)), schema))
+        table = pa.concat_tables(tables)
+        if run_id is not None:
+            stale = (table["status"].to_numpy() == "invalid") & (
+                table["run_id"].to_numpy() != run_id
+            )
+            table = table.filter(pa.array(~stale))
+        yield table.sort_by([("source_row", "ascending"), ("image_index", "ascending")])
+    if not len(starts):
+        yield schema.empty_table()
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Bring a table to a schema: columns it lacks are null, others are dropped."""
+    columns = [
+        table[column.name].cast(column.type)
+        if column.name in table.column_names
+        else pa.nulls(len(table), column.type)
+        for column in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def _sealable(schema: pa.Schema) -> pa.Schema:
+    metadata = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
+    metadata.pop(seal.PARQUET_KEY, None)
+    return schema.with_metadata({**metadata, seal.PARQUET_KEY: seal.ZEROS})
