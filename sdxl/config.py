@@ -159,4 +159,26 @@ TINY = ModelConfig(
     native_size=128,
 )
 
-PRESETS: dict[str, ModelConfig] = {"base": BASE, "refiner": REFINER, "tiny": TINY}
+TINY_REFINER = ModelConfig(
+    kind="refiner",
+    unet=UNetConfig(
+        model_channels=32,
+        channel_mult=(1, 1, 1, 1),
+        transformer_depth=(0, 2, 2, 0),
+        middle_depth=2,
+        head_dim=32,
+        context_dim=32,
+        adm_in_channels=32 + 5 * 64,
+    ),
+    text_encoders=(TINY_OPENCLIP,),
+    vae=TINY_VAE,
+    size_embed_dim=64,
+    native_size=128,
+)
+
+PRESETS: dict[str, ModelConfig] = {
+    "base": BASE,
+    "refiner": REFINER,
+    "tiny": TINY,
+    "tiny-refiner": TINY_REFINER,
+}
