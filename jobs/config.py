@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from jobs import settings
 from jobs.errors import ConfigError, nearest
 from jobs.sections import (
@@ -32,6 +30,8 @@ from jobs.sections import (
     RuntimeSection,
     SamplingSection,
 )
+from jobs.settings import shown
+from jobs.yaml_tree import read_yaml
 
 DAVINCI = re.compile(r"davinci(\d+)")
 
@@ -112,11 +112,13 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> JobConfig:
 def _from_folder(tree: dict[str, dict[str, Any]], folder: Path) -> None:
     """Take the relative paths of a config file from its own folder."""
     for section in ("model", "refiner"):
-        if checkpoint := tree.get(section, {}).get("checkpoint"):
-            tree[section]["checkpoint"] = str(folder / str(checkpoint))
-    for lora in tree.get("model", {}).get("loras") or ():
-        if isinstance(lora, dict) and lora.get("path"):
-            lora["path"] = str(folder / str(lora["path"]))
+        checkpoint = tree.get(section, {}).get("checkpoint")
+        if checkpoint and isinstance(checkpoint, str):
+            tree[section]["checkpoint"] = str(folder / checkpoint)
+    loras = tree.get("model", {}).get("loras")
+    for lora in loras if isinstance(loras, list) else ():
+        if isinstance(lora, dict) and isinstance(lora.get("path"), str):
+            lora["path"] = str(folder / lora["path"])
 
 
 def from_dict(tree: Mapping[str, Mapping[str, Any]]) -> JobConfig:
@@ -242,18 +244,19 @@ def _fields(section: str) -> list[str]:
 def _refuse_unknown(name: str, known: Iterable[str], what: str) -> None:
     names = list(known)
     if name not in names:
-        raise ConfigError(f"unknown {what}: `{name}`", hint=nearest(str(name), names))
+        word = shown(name)
+        raise ConfigError(f"unknown {what}: `{word}`", hint=nearest(word, names))
 
 
 def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not readable as YAML") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `sampling:`")
@@ -262,7 +265,7 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
             tree[section] = {}
         elif not isinstance(values, dict):
             raise ConfigError(
-                f"{path}: section `{section}` must hold `key: value` lines"
+                f"{path}: section `{shown(section)}` must hold `key: value` lines"
             )
     return tree
 
@@ -278,8 +281,8 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
     _refuse_unknown(section, _section_types(), "section in --set")
     _refuse_unknown(key, _fields(section), f"key in --set {section}")
     try:
-        return section, key, yaml.safe_load(value)
-    except yaml.YAMLError:
+        return section, key, read_yaml(value)
+    except ValueError:
         return section, key, value
 
 
@@ -291,17 +294,23 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return _loras(value, name)
     if hint is bool:
         if not isinstance(value, bool):
-            raise ConfigError(f"{name} is `{value}`; expected true or false")
+            raise ConfigError(f"{name} is `{shown(value)}`; expected true or false")
         return value
     if typing.get_origin(hint) is Literal:
         known = typing.get_args(hint)
         if value not in known:
-            raise ConfigError(f"{name} is `{value}`", hint=nearest(str(value), known))
+            word = shown(value)
+            raise ConfigError(f"{name} is `{word}`", hint=nearest(word, known))
         return value
     converted = _scalar(value, hint)
     if converted is None:
         word = {int: "a whole number", float: "a number", str: "text"}[hint]
-        raise ConfigError(f"{name} is `{value}`; expected {word}")
+        raise ConfigError(
+            f"{name} is `{shown(value)}`; expected {word}",
+            hint="YAML takes yes, no, on and off for truth values: quote them"
+            if hint is str and isinstance(value, bool)
+            else None,
+        )
     return converted
 
 
@@ -322,10 +331,10 @@ def _loras(value: Any, name: str) -> tuple[Lora, ...]:
 
 
 def _scalar(value: Any, hint: type) -> Any:
-    if hint is str:
-        return str(value) if isinstance(value, str | int | float) else None
     if isinstance(value, bool):
         return None
+    if hint is str:
+        return shown(value) if isinstance(value, int | float) else _text(value)
     try:
         number = float(value)  # YAML reads 1e-3 as text
     except (TypeError, ValueError, OverflowError):
@@ -336,6 +345,13 @@ def _scalar(value: Any, hint: type) -> Any:
         whole = isinstance(value, int) or number.is_integer()
         return int(value if isinstance(value, int) else number) if whole else None
     return number
+
+
+def _text(value: Any) -> str | None:
+    try:
+        return settings.text(value)
+    except ValueError:
+        return None
 
 
 def _check_sampling(section: SamplingSection) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
@@ -41,7 +42,7 @@ def parsers() -> dict[str, Parser]:
         "num_images": _whole(1, 100_000),
         "width": side,
         "height": side,
-        "ratio": lambda value: size_of(str(value)),
+        "ratio": lambda value: size_of(shown(value)),
         "steps": _whole(1, 1000),
         "sampler": _one_of("sampler", SAMPLERS),
         "discretization": _one_of("discretization", DISCRETIZATIONS),
@@ -87,7 +88,7 @@ def path(value: Any) -> str:
     """Take the path of a file, as text."""
     name = text(value)
     if not name or "\0" in name or len(name) > 4096:
-        raise ValueError(f"`{_shown(name)}` is not a path")
+        raise ValueError(f"`{shown(name)}` is not a path")
     return name
 
 
@@ -108,16 +109,16 @@ def _whole(least: int, most: int) -> Parser:
         try:
             number = _as_int(value)
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"`{_shown(value)}` is not a whole number") from None
+            raise ValueError(f"`{shown(value)}` is not a whole number") from None
         if not least <= number <= most:
-            raise ValueError(f"{_shown(number)} is outside {least} to {most}")
+            raise ValueError(f"{shown(number)} is outside {least} to {most}")
         return number
 
     return parse_whole
 
 
 def _as_int(value: Any) -> int:
-    if isinstance(value, bool):
+    if not _is_numeric(value):
         raise TypeError
     if isinstance(value, str):
         if len(value) > 40 or "_" in value:
@@ -126,21 +127,28 @@ def _as_int(value: Any) -> int:
             return int(value)
         except ValueError:
             value = float(value)  # pandas writes a column with gaps as 128.0
-    if isinstance(value, float) and not value.is_integer():
+    if not isinstance(value, int) and value != int(value):
         raise ValueError
     return int(value)
+
+
+def _is_numeric(value: Any) -> bool:
+    """Tell what stands for a number; a truth value, bytes or a date do not."""
+    return not isinstance(value, bool) and isinstance(
+        value, str | int | float | Decimal
+    )
 
 
 def _number(least: float, most: float) -> Parser:
     def parse_number(value: Any) -> float:
         try:
-            if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
+            if not _is_numeric(value) or (isinstance(value, str) and "_" in value):
                 raise TypeError
             number = float(value)
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"`{_shown(value)}` is not a number") from None
+            raise ValueError(f"`{shown(value)}` is not a number") from None
         if not math.isfinite(number) or not least <= number <= most:
-            raise ValueError(f"{_shown(value)} is outside {least:g} to {most:g}")
+            raise ValueError(f"{shown(value)} is outside {least:g} to {most:g}")
         return number
 
     return parse_number
@@ -153,11 +161,15 @@ def _one_of(what: str, known: Any) -> Parser:
         if isinstance(value, str) and value in names:
             return value
         raise ValueError(
-            f"unknown {what} `{_shown(value)}`; {nearest(str(value)[:100], names)}"
+            f"unknown {what} `{shown(value)}`; {nearest(str(value)[:100], names)}"
         )
 
     return parse_name
 
 
-def _shown(value: Any) -> str:
-    return printable(str(value), 40)
+def shown(value: Any) -> str:
+    """Put a value into a message: one short line, whatever it is."""
+    try:
+        return printable(str(value), 40)
+    except ValueError:  # Python writes out no whole number of over 4,300 digits
+        return "a huge number"
