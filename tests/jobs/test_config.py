@@ -280,8 +280,8 @@ def test_any_tree_of_values_is_a_config_or_an_error(tree):
 
 
 WORDS = """sampling: steps : 8 - [ ] { } &a *a !!int ? <<: ' " # | 2024-02-31 0x_ 1e9 ~
-% --- \x07 é .nan = 1:99""".split()
-pieces = st.sampled_from([*WORDS, "\n", "  ", "\t", ": ", "- ", "&a "])
+% --- \x07 é .nan = 1:99"""
+pieces = st.sampled_from([*WORDS.split(), "\n", "  ", "\t", ": ", "- ", "&a "])
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
