@@ -33,6 +33,7 @@ from jobs.sections import (
 from jobs.settings import shown
 from jobs.yaml_tree import read_yaml
 
+ASCEND_BATCH_TIMEOUT = 1800.0
 DAVINCI = re.compile(r"davinci(\d+)")
 
 
@@ -55,6 +56,7 @@ class Resolved:
     shard_batches: int | None
     writer_threads: int
     max_attempts: int
+    batch_timeout: float | None
     output: OutputSection
     init_folder: Path = Path()
 
@@ -165,8 +167,16 @@ def resolve(config: JobConfig, *, native_size: int, kind: str = "base") -> Resol
         shard_batches=config.runtime.shard_batches,
         writer_threads=config.runtime.writer_threads,
         max_attempts=config.runtime.max_attempts,
+        batch_timeout=_batch_timeout(config.runtime, target),
         output=config.output,
     )
+
+
+def _batch_timeout(runtime: RuntimeSection, target: str) -> float | None:
+    """Seconds after which a call counts as hung; a CPU may take hours over one."""
+    if runtime.batch_timeout is None and target == "Ascend":
+        return ASCEND_BATCH_TIMEOUT
+    return runtime.batch_timeout
 
 
 def parse_devices(text: str) -> tuple[int, ...]:
@@ -381,6 +391,12 @@ def _check_ranges(config: JobConfig) -> None:
         value = getattr(getattr(config, section), key)
         if value is not None and not 1 <= value <= 65_536:
             raise ConfigError(f"{section}.{key} is `{value}`; it must be at least 1")
+    limit = config.runtime.batch_timeout
+    if limit is not None and limit <= 0:
+        raise ConfigError(
+            f"runtime.batch_timeout is `{limit:g}`; it must be above 0 seconds",
+            hint="leave it out for no limit on the CPU and 30 minutes on Ascend",
+        )
     for key, most in (("quality", 100), ("png_level", 9)):
         value = getattr(config.output, key)
         if not 0 <= value <= most:

@@ -6,15 +6,19 @@
 
 Each worker has one pipe and one process sentinel; the loop waits on all of them. A dead
 worker's parts are looked through for rows it had no time to tell of; the rest of its
-lease is handed on, batch by batch the second time and task by task the third, so that a
-task which kills its worker is found, and ends as a failed row: `worker_lost`.
+lease is handed on. What it had begun was perhaps the cause: that is tried again batch
+by batch, then task by task, so that a task which kills its worker is found, and ends as
+a failed row (`worker_lost`). Nothing is given up that did not die alone.
+
+A worker that hangs is killed and treated as dead: in a call that takes longer than
+`runtime.batch_timeout` (`timeout`), or when its heartbeat stops.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -25,15 +29,22 @@ from typing import Any, Protocol
 
 from jobs import worker
 from jobs.errors import OutputError, WorkerError
+from jobs.mail import Mail
 from jobs.parts import result_schema
 from jobs.records import Batch, Shard, Task, failure_row
-from jobs.store import Store
+from jobs.store import MERGE_AT, Store
 from jobs.worker import WorkerSpec
 
 POLL_SECONDS = 0.2
 LEASES_AHEAD = 2
 MAX_LOSSES = 5
+MAX_BLAMED = 20
 BACK_OFF_SECONDS = 1.0
+FIRST_CALL_SECONDS = 3600.0
+SILENT_SECONDS = 300.0
+SILENT_IN_CALL_SECONDS = 3600.0
+END_SECONDS = 30.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Observer(Protocol):
@@ -62,15 +73,23 @@ class Slot:
     spec: WorkerSpec
     process: BaseProcess | None = None
     pipe: Connection | None = None
+    mail: Mail | None = None
     state: str = "waiting"
     start_at: float = 0.0
     pending: dict[str, Task] = field(default_factory=dict)
     leases: set[int] = field(default_factory=set)
     careful: bool = False
     announced: set[str] = field(default_factory=set)
+    begun: set[str] = field(default_factory=set)
+    heard_at: float = 0.0
+    call_since: float | None = None
+    first_call: bool = True
+    killed_at: float | None = None
     generation: int = 0
     losses: int = 0
+    blamed: int = 0
     reason: str = ""
+    kind: str = "worker_lost"
     stats: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -111,6 +130,7 @@ class Pool:
         self._stop = stop
         self._store = Store(specs[0].root)
         self._lost_parts = 0
+        self._unmerged: list[str] = []
         self._exhausted = False
         self._told_to_stop = False
         self._ever_ready = False
@@ -128,13 +148,15 @@ class Pool:
                 self._feed()
                 self._heed_stop()
                 self._listen()
+                self._kill_overdue()
+                self._merge()
                 self._observer.tick([slot.describe() for slot in self._slots])
             self._end_all()
         finally:
             self._kill_all()
         self._observer.tick([slot.describe() for slot in self._slots])
 
-    # The loop's four parts ------------------------------------------------------------
+    # The loop's parts -----------------------------------------------------------------
 
     def _finished(self) -> bool:
         if self._stop.asked:
@@ -159,9 +181,16 @@ class Pool:
         slot.process = self._context.Process(
             target=worker.main, args=(spec, theirs), name=slot.name
         )
-        slot.process.start()
+        # Blocked at birth: a signal to the whole group is for the supervisor alone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            slot.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-        slot.pipe, slot.state = ours, "starting"
+        slot.pipe, slot.mail, slot.state = ours, Mail(ours), "starting"
+        slot.heard_at = slot.call_since = time.monotonic()
+        slot.first_call, slot.killed_at = True, None
 
     def _feed(self) -> None:
         if self._stop.asked:
@@ -186,12 +215,11 @@ class Pool:
         return None
 
     def _lease(self, slot: Slot, shard: Shard) -> None:
-        assert slot.pipe is not None
+        assert slot.mail is not None
         slot.pending.update((task.image_id, task) for task in shard.tasks)
         slot.leases.add(shard.number)
-        slot.careful = any(task.attempts for task in shard.tasks)
-        with contextlib.suppress(OSError):  # a dead worker is noticed by its sentinel
-            slot.pipe.send(("shard", shard))
+        slot.careful = any(task.tries for task in shard.tasks)
+        slot.mail.send("shard", shard)
 
     def _heed_stop(self) -> None:
         if self._stop.asked >= 2:
@@ -202,9 +230,8 @@ class Pool:
             for slot in self._slots:
                 if slot.state == "starting":
                     self._kill(slot)
-                elif slot.pipe:
-                    with contextlib.suppress(OSError):
-                        slot.pipe.send(("stop", None))
+                elif slot.mail:
+                    slot.mail.send("stop")
 
     def _listen(self) -> None:
         by_handle: dict[Any, Slot] = {}
@@ -221,6 +248,27 @@ class Pool:
             if not alive and slot.process is not None:
                 self._gone(slot)
 
+    def _kill_overdue(self) -> None:
+        """Kill workers that hang; their death is then dealt with like any other."""
+        now = time.monotonic()
+        for slot in self._slots:
+            if slot.process is None:
+                continue
+            if slot.killed_at is not None:
+                if now - slot.killed_at > END_SECONDS:  # it can't even be killed
+                    self._gone(slot)
+                continue
+            found = _overdue(slot, now)
+            if found:
+                slot.kind, slot.reason = found
+                slot.killed_at = now
+                slot.process.kill()
+
+    def _merge(self) -> None:
+        if len(self._unmerged) >= MERGE_AT:
+            self._store.merge(self._unmerged)
+            self._unmerged.clear()
+
     # What workers say -----------------------------------------------------------------
 
     def _drain(self, slot: Slot) -> None:
@@ -229,14 +277,26 @@ class Pool:
         try:
             while slot.pipe.poll():
                 kind, content = slot.pipe.recv()
+                slot.heard_at = time.monotonic()
                 getattr(self, f"_on_{kind}")(slot, **content)
         except (EOFError, OSError):
             pass  # its end is closed; the sentinel tells the rest
 
     def _on_ready(self, slot: Slot, **info: Any) -> None:
         slot.state = "ready"
+        slot.call_since = None
         slot.stats["info"] = info
         self._ever_ready = True
+
+    def _on_beat(self, slot: Slot) -> None:
+        pass  # to be heard is all
+
+    def _on_begin(self, slot: Slot, ids: list[str], first: bool) -> None:
+        slot.begun.update(ids)
+        slot.call_since, slot.first_call = slot.heard_at, first
+
+    def _on_end(self, slot: Slot) -> None:
+        slot.call_since = None
 
     def _on_batch(
         self,
@@ -247,7 +307,8 @@ class Pool:
         compiles: dict[str, int],
         compile_ms: dict[str, float],
     ) -> None:
-        slot.losses = 0
+        if made:
+            slot.losses = slot.blamed = 0
         stats = slot.stats
         stats["made"] = stats.get("made", 0) + made
         stats["failed"] = stats.get("failed", 0) + failed
@@ -257,8 +318,10 @@ class Pool:
 
     def _on_part(self, slot: Slot, name: str, done: list[tuple[str, str]]) -> None:
         slot.announced.add(name)
+        self._unmerged.append(name)
         for image_id, _ in done:
             slot.pending.pop(image_id, None)
+            slot.begun.discard(image_id)
         self._observer.committed([status for _, status in done])
 
     def _on_lease_done(self, slot: Slot, shard: int) -> None:
@@ -281,23 +344,31 @@ class Pool:
 
     def _gone(self, slot: Slot) -> None:
         """Deal with a worker whose process has ended, as told or otherwise."""
-        assert slot.process is not None and slot.pipe is not None
-        slot.process.join()
+        assert slot.process is not None
+        slot.process.join(timeout=1)
         code = slot.process.exitcode
-        slot.pipe.close()
-        slot.process = slot.pipe = None
+        self._close(slot)
         if slot.state == "ended" or self._stop.asked:
             slot.state = "ended"
             return
         self._find_unannounced(slot)
-        slot.losses += 1
         reason = slot.reason or _death(code)
         self._observer.say(f"worker {slot.spec.name} is lost: {reason}")
-        self._hand_on(slot, reason)
-        slot.start_at = time.monotonic() + BACK_OFF_SECONDS * 2 ** (slot.losses - 1)
-        hopeless = slot.losses >= MAX_LOSSES or (slot.reason and not self._ever_ready)
+        if self._hand_on(slot, reason):
+            slot.blamed += 1  # the task's fault, unless it is every task's
+        else:
+            slot.losses += 1
+        wait_for = BACK_OFF_SECONDS * 2 ** max(0, slot.losses - 1)
+        slot.start_at = time.monotonic() + wait_for
+        hopeless = (
+            slot.losses >= MAX_LOSSES
+            or slot.blamed >= MAX_BLAMED
+            or (slot.state == "starting" and slot.reason and not self._ever_ready)
+        )
         slot.state = "quarantined" if hopeless else "waiting"
-        slot.reason = ""
+        if hopeless:
+            self._observer.say(f"worker {slot.spec.name} is quarantined")
+        slot.reason, slot.kind = "", "worker_lost"
         if all(s.state == "quarantined" for s in self._slots):
             raise WorkerError(
                 f"no worker is left; the last one said: {reason}",
@@ -310,22 +381,29 @@ class Pool:
             if path.stem not in slot.announced:
                 self._on_part(slot, path.stem, self._store.part_ids(path))
 
-    def _hand_on(self, slot: Slot, reason: str) -> None:
-        left = [
-            dataclasses.replace(t, attempts=t.attempts + 1)
-            for t in slot.pending.values()
-        ]
-        most = slot.spec.max_attempts
-        given_up = [task for task in left if task.attempts >= most]
-        if given_up:
-            self._fail(slot, given_up, reason)
-        again = [task for task in left if task.attempts < most]
-        size = slot.spec.batch_size if again and again[0].attempts == 1 else 1
-        for batch in _regroup(again, size):
-            self._returned.append(Shard(number=self._new_number(), batches=(batch,)))
+    def _hand_on(self, slot: Slot, reason: str) -> bool:
+        """Give back what a dead worker had leased; tell whether a task was given up."""
+        begun = [t for t in slot.pending.values() if t.image_id in slot.begun]
+        begun = [dataclasses.replace(t, attempts=t.attempts + 1) for t in begun]
+        rest = [t for t in slot.pending.values() if t.image_id not in slot.begun]
+        gives_up = len(begun) == 1 and begun[0].tries >= slot.spec.max_attempts
+        if gives_up:
+            self._fail(slot, begun, reason)
+            begun = []
+        alone = any(task.tries > 1 for task in begun)
+        for tasks, size in (
+            (begun, 1 if alone else slot.spec.batch_size),
+            ([t for t in rest if not t.tries], slot.spec.batch_size),
+            ([t for t in rest if t.tries], 1),
+        ):
+            for batch in _regroup(tasks, size):
+                shard = Shard(number=self._new_number(), batches=(batch,))
+                self._returned.append(shard)
         slot.pending.clear()
+        slot.begun.clear()
         slot.leases.clear()
         slot.careful = False
+        return gives_up
 
     def _new_number(self) -> int:
         self._lost_parts += 1
@@ -333,9 +411,9 @@ class Pool:
 
     def _fail(self, slot: Slot, tasks: list[Task], reason: str) -> None:
         names = slot.spec.extras.names
-        message = f"the worker died each time it had this task: {reason}"
+        message = f"its worker was lost each time it had this task: {reason}"
         rows = [
-            failure_row(task, names, "worker_lost", message) | slot.spec.provenance
+            failure_row(task, names, slot.kind, message) | slot.spec.provenance
             for task in tasks
         ]
         schema = result_schema(slot.spec.extras)
@@ -350,10 +428,9 @@ class Pool:
         for slot in self._slots:
             if slot.state == "starting":
                 self._kill(slot)
-            elif slot.pipe:
-                with contextlib.suppress(OSError):
-                    slot.pipe.send(("end", None))
-        deadline = time.monotonic() + 30
+            elif slot.mail:
+                slot.mail.send("end")
+        deadline = time.monotonic() + END_SECONDS
         for slot in self._slots:
             if slot.process:
                 slot.process.join(max(0.0, deadline - time.monotonic()))
@@ -366,12 +443,31 @@ class Pool:
     def _kill(self, slot: Slot) -> None:
         if slot.process:
             slot.process.kill()
-            slot.process.join()
-            slot.process = None
+            slot.process.join(timeout=END_SECONDS)
+        self._close(slot)
+        slot.state = "ended"
+
+    def _close(self, slot: Slot) -> None:
+        if slot.mail:
+            slot.mail.close()
         if slot.pipe:
             slot.pipe.close()
-            slot.pipe = None
-        slot.state = "ended"
+        slot.process = slot.pipe = slot.mail = None
+
+
+def _overdue(slot: Slot, now: float) -> tuple[str, str] | None:
+    """Tell whether a worker hangs: the error class and the reason."""
+    limit = slot.spec.batch_timeout
+    if slot.call_since is not None and limit is not None:
+        allowed = limit + (FIRST_CALL_SECONDS if slot.first_call else 0.0)
+        if now - slot.call_since > allowed:
+            what = "it did not start" if slot.state == "starting" else "a call ran"
+            return "timeout", f"{what} for over {allowed:g} s (runtime.batch_timeout)"
+    silence = now - slot.heard_at
+    busy = slot.call_since is not None
+    if silence > (SILENT_IN_CALL_SECONDS if busy else SILENT_SECONDS):
+        return "worker_lost", f"not a word from it for {silence:.0f} s"
+    return None
 
 
 def _regroup(tasks: list[Task], size: int) -> list[Batch]:

@@ -114,7 +114,13 @@ class Task:
     thresholding_ratio: float | None = None
     thresholding_maximum: float | None = None
     attempts: int = 0
+    earlier: int = 0
     extras: tuple[Any, ...] = ()
+
+    @property
+    def tries(self) -> int:
+        """How often it was tried in this run; `attempts` counts over all runs."""
+        return self.attempts - self.earlier
 
     @property
     def schedule(self) -> tuple[Any, ...]:

@@ -295,6 +295,7 @@ class _Run:
             batch_size=resolved.batch_size,
             writer_threads=resolved.writer_threads,
             max_attempts=resolved.max_attempts,
+            batch_timeout=resolved.batch_timeout,
             output=resolved.output,
             extras=self.manifest.extras_schema(),
             provenance=self._provenance(),

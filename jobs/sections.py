@@ -91,6 +91,7 @@ class RuntimeSection:
     shard_batches: int | None = None
     writer_threads: int = 2
     max_attempts: int = 3
+    batch_timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,9 @@ A call that fails is split in half until the task that breaks it stands alone.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import multiprocessing
 import os
 import queue
 import signal
@@ -48,6 +50,8 @@ from jobs.records import (
 from jobs.store import Store, make_folder, publish
 
 COMMIT_SECONDS = 30.0
+BEAT_SECONDS = 5.0
+PR_SET_PDEATHSIG = 1
 Row = dict[str, Any]
 
 
@@ -80,6 +84,7 @@ class WorkerSpec:
     batch_size: int
     writer_threads: int
     max_attempts: int
+    batch_timeout: float | None = None
     output: OutputSection
     extras: Any
     provenance: Row
@@ -96,6 +101,7 @@ def main(spec: WorkerSpec, pipe: Connection) -> None:
         outbox.send("failed", error=message_of(error))
         return
     outbox.send("ready", **info)
+    threading.Thread(target=_beat, args=(outbox,), daemon=True).start()
     worker = Worker(spec, pipeline, outbox, info)
     threading.Thread(target=worker.listen, args=(pipe,), daemon=True).start()
     try:
@@ -138,6 +144,7 @@ class Worker:
     _inbox: queue.SimpleQueue[Shard | None] = field(default_factory=queue.SimpleQueue)
     _stop: threading.Event = field(default_factory=threading.Event)
     _pending: list[Future[Row]] = field(default_factory=list)
+    _called: set[Any] = field(default_factory=set)
     _parts: int = 0
     _last_commit: float = field(default_factory=time.monotonic)
 
@@ -201,11 +208,25 @@ class Worker:
             if len(tasks) > 1:
                 half = len(tasks) // 2
                 return self._attempt(tasks[:half]) + self._attempt(tasks[half:])
-            if tasks[0].attempts < self.spec.max_attempts:
+            if tasks[0].tries < self.spec.max_attempts:
                 return self._attempt(tasks)
             return [self._failure(tasks[0], classify(error), message_of(error))]
 
     def _call(self, tasks: list[Task]) -> Made:
+        """Call the device, having said so: if it hangs or kills, it is known for what.
+
+        The first call of a graph compiles it, which takes its own time.
+        """
+        graph = tasks[0].graph
+        ids = [task.image_id for task in tasks]
+        self.outbox.send("begin", ids=ids, first=graph not in self._called)
+        try:
+            return self._call_stages(tasks)
+        finally:
+            self._called.add(graph)
+            self.outbox.send("end")
+
+    def _call_stages(self, tasks: list[Task]) -> Made:
         size = self.spec.batch_size
         clock = _StageClock(self.pipeline, len(tasks))
         cond = clock.time("text_encode_ms", self.pipeline.encode, tasks, size)
@@ -368,8 +389,9 @@ def _token_counts(prompts: Sequence[str]) -> np.ndarray:
 
 def _settle(spec: WorkerSpec) -> None:
     """Bind the process to its device and its log before anything heavy is imported."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    _die_with_parent()
     if spec.device_target == "Ascend":
         os.environ["ASCEND_RT_VISIBLE_DEVICES"] = str(spec.device_id)
     else:
@@ -380,12 +402,39 @@ def _settle(spec: WorkerSpec) -> None:
     os.dup2(log.fileno(), 2)
 
 
-def _load(spec: WorkerSpec) -> tuple[PipelineLike, Row]:
-    module, _, name = spec.pipeline.partition(":")
+def _die_with_parent() -> None:
+    """Have the kernel end this process with its supervisor, in mid-call even (Linux).
+
+    Elsewhere the closed pipe does it, as soon as the call in flight lets go.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        os._exit(1)
+
+
+def _beat(outbox: Outbox) -> None:
+    """Tell the supervisor now and then that this process is alive."""
+    while True:
+        time.sleep(BEAT_SECONDS)
+        try:
+            outbox.send("beat")
+        except OSError:
+            return
+
+
+def load_pipeline(name: str, options: dict[str, Any]) -> PipelineLike:
+    """Load what `module:callable` names."""
+    module, _, path = name.partition(":")
     factory: Any = importlib.import_module(module)
-    for part in name.split("."):
+    for part in path.split("."):
         factory = getattr(factory, part)
-    pipeline = factory(**spec.pipeline_options)
+    return factory(**options)
+
+
+def _load(spec: WorkerSpec) -> tuple[PipelineLike, Row]:
+    pipeline = load_pipeline(spec.pipeline, spec.pipeline_options)
     mindspore = sys.modules.get("mindspore")
     if mindspore and spec.device_target == "Ascend":
         _check_binding(mindspore)
