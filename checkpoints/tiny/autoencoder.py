@@ -8,7 +8,6 @@ what a denoiser gets slightly wrong.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +16,31 @@ from diffusers import AutoencoderKL
 from drawing import View, pixels
 from networks import SCALE_FACTOR, make_vae
 from scenes import Scene, draw_scene
-from torch.nn import functional as F
-from training import load_average, run_stage
+from training import LossOf, Stage, load_average, run_stage
 
 KL_WEIGHT = 1e-4
 LATENT_NOISE = 0.08
 SEEDS_FROM = 10_000_000
 WHOLE_SHARE = 0.15
+PARTS = 2
 
 
 def train_vae(
-    work: Path, *, steps: int, rate: float = 1e-3, **stage: object
+    work: Path, *, steps: int, rate: float = 1e-3, **running: object
 ) -> AutoencoderKL:
     """Train (or resume) the stage `vae` and return it with whitened latents."""
     torch.manual_seed(1)
     vae = make_vae()
-    loss_of = _loss_of(vae, steps)
-    run_stage(vae, loss_of, steps=steps, rate=rate, state_file=work / "vae.pt", **stage)
+    loss_of = vae_loss(vae, steps)
+    stage = Stage(
+        vae,
+        loss_of,
+        steps=steps,
+        rate=rate,
+        threads=PARTS,
+        state_file=work / "vae.pt",
+    )
+    run_stage(stage, **running)
     return whiten(vae)
 
 
@@ -44,28 +51,33 @@ def load_vae(work: Path) -> AutoencoderKL:
     return whiten(vae)
 
 
-def _loss_of(
-    vae: AutoencoderKL, steps: int
-) -> Callable[[int], dict[str, torch.Tensor]]:
-    def loss_of(step: int) -> dict[str, torch.Tensor]:
-        rng = random.Random(SEEDS_FROM + step)
+def vae_loss(vae: AutoencoderKL, steps: int) -> LossOf:
+    def loss_of(step: int, part: int) -> dict[str, torch.Tensor]:
+        seed = SEEDS_FROM + PARTS * step + part
+        rng, source = random.Random(seed), torch.Generator().manual_seed(seed)
         whole = step > steps * (1 - WHOLE_SHARE)
-        x = torch.from_numpy(_batch(rng, 4 if whole else 16, whole=whole))
+        x = torch.from_numpy(_batch(rng, (4 if whole else 16) // PARTS, whole=whole))
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
-            z = posterior.sample()
-            spread = z.detach().float().std()
-            y = vae.decode(z + LATENT_NOISE * spread * torch.randn_like(z)).sample
-        y = y.float()
+            z = posterior.sample(source)
+            blur = LATENT_NOISE * z.detach().float().std()
+            y = vae.decode(z + blur * torch.randn(z.shape, generator=source)).sample
+        y, weight = y.float(), _weight(x)
         kl = posterior.kl().float().mean() / z[0].numel()
-        l1 = (y - x).abs().mean()
-        edges = sum(
-            (a - b).abs().mean() for a, b in zip(_edges(y), _edges(x), strict=True)
-        )
-        loss = l1 + 2 * F.mse_loss(y, x) + 0.5 * edges + KL_WEIGHT * kl
+        l1 = (weight * (y - x).abs()).mean()
+        l2 = (weight * (y - x).square()).mean()
+        pairs = zip(_edges(y), _edges(x), strict=True)
+        edges = sum((a - b).abs().mean() for a, b in pairs)
+        loss = l1 + 2 * l2 + 0.5 * edges + KL_WEIGHT * kl
         return {"loss": loss, "l1": l1, "kl": kl}
 
     return loss_of
+
+
+def _weight(x: torch.Tensor) -> torch.Tensor:
+    """Return (B, 1, H, W): 4 where a picture differs from its most common colour."""
+    ground = x.flatten(2).median(-1).values[..., None, None]
+    return 1 + 3 * ((x - ground).abs().amax(1, keepdim=True) > 0.15).float()
 
 
 def _edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,6 @@ Sources: Podell et al. 2023 (SDXL); Hang et al. 2023 (min-SNR).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,9 +20,9 @@ from latents import Batch, Latents
 from networks import make_unet
 from scenes import Scene
 from torch import nn
-from training import load_average, run_stage
+from training import LossOf, Stage, load_average, run_stage
 
-BATCH = 64
+BATCH, PARTS = 48, 2
 MIN_SNR = 5.0
 ZERO_SHARE, EMPTY_SHARE = 0.1, 0.03
 SEEDS_FROM = 40_000_000
@@ -64,21 +63,22 @@ class Model(nn.Module):
 
 
 def train_base(
-    work: Path, *, steps: int, rate: float = 1e-3, bf16: bool = True, **stage: object
+    work: Path, *, steps: int, rate: float = 1e-3, bf16: bool = False, **running: object
 ) -> Model:
     """Train (or resume) the stage `base`, from the encoders of `language`."""
     torch.manual_seed(3)
     model = Model()
     model.language.load_state_dict(load_language(work).state_dict())
-    run_stage(
+    stage = Stage(
         model,
         base_loss(model, Latents(work), bf16=bf16),
         steps=steps,
         rate=rate,
         groups=model.groups(rate),
+        threads=PARTS,
         state_file=work / "base.pt",
-        **stage,
     )
+    run_stage(stage, **running)
     return model
 
 
@@ -90,16 +90,16 @@ def load_base(work: Path) -> Model:
 
 
 def base_loss(
-    model: Model, data: Latents, *, bf16: bool = True, count: int = BATCH
-) -> Callable[[int], dict[str, torch.Tensor]]:
+    model: Model, data: Latents, *, bf16: bool = False, count: int = BATCH
+) -> LossOf:
     """Return the loss of a step; the text encoders learn on every fourth."""
 
-    def loss_of(step: int) -> dict[str, torch.Tensor]:
-        if step % 200 == 0:
+    def loss_of(step: int, part: int) -> dict[str, torch.Tensor]:
+        if step % 200 == part == 0:
             data.refresh()
-        rng = random.Random(SEEDS_FROM + step)
-        source = torch.Generator().manual_seed(SEEDS_FROM + step)
-        batch = data.batch(rng, count)
+        seed = SEEDS_FROM + PARTS * step + part
+        rng, source = random.Random(seed), torch.Generator().manual_seed(seed)
+        batch = data.batch(rng, count // PARTS)
         with torch.set_grad_enabled(step % 4 == 0):
             context, pooled = conditions(model.language, batch.scenes, rng)
         timesteps = any_timesteps(len(batch.scenes), source)
@@ -116,13 +116,16 @@ def base_loss(
 
 
 def conditions(
-    language: Language, scenes: list[Scene], rng: random.Random
+    language: Language,
+    scenes: list[Scene],
+    rng: random.Random,
+    dropped: float = ZERO_SHARE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return context and pooled of captions, some empty and some dropped to zero."""
     texts = [
         "" if rng.random() < EMPTY_SHARE else caption(scene, rng) for scene in scenes
     ]
-    keep = torch.tensor([float(rng.random() >= ZERO_SHARE) for _ in scenes])
+    keep = torch.tensor([float(rng.random() >= dropped) for _ in scenes])
     context, pooled = language(texts)
     return context * keep[:, None, None], pooled * keep[:, None]
 

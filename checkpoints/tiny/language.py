@@ -8,7 +8,6 @@ readers are thrown away. It takes minutes where learning words from noise takes 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from scenes import (
 )
 from torch import nn
 from torch.nn import functional as F
-from training import load_average, run_stage
+from training import LossOf, Stage, load_average, run_stage
 
 from sdxl.tokenizer import Tokenizer
 
@@ -111,19 +110,15 @@ def answers(scene: Scene) -> list[int]:
 
 
 def train_language(
-    work: Path, *, steps: int, rate: float = 2e-3, **stage: object
+    work: Path, *, steps: int, rate: float = 2e-3, **running: object
 ) -> Language:
     """Train (or resume) the stage `language` and return the encoders."""
     torch.manual_seed(2)
     nets = nn.ModuleDict({"language": Language(), "reader": Reader()})
-    run_stage(
-        nets,
-        _loss_of(nets),
-        steps=steps,
-        rate=rate,
-        state_file=work / "language.pt",
-        **stage,
-    )
+    state_file = work / "language.pt"
+    loss_of = language_loss(nets)
+    stage = Stage(nets, loss_of, steps=steps, rate=rate, state_file=state_file)
+    run_stage(stage, **running)
     return nets["language"]
 
 
@@ -134,8 +129,8 @@ def load_language(work: Path) -> Language:
     return nets["language"]
 
 
-def _loss_of(nets: nn.ModuleDict) -> Callable[[int], dict[str, torch.Tensor]]:
-    def loss_of(step: int) -> dict[str, torch.Tensor]:
+def language_loss(nets: nn.ModuleDict) -> LossOf:
+    def loss_of(step: int, part: int) -> dict[str, torch.Tensor]:
         rng = random.Random(SEEDS_FROM + step)
         scenes = [_told(rng) for _ in range(48)]
         right = torch.from_numpy(np.array([answers(scene) for scene in scenes])).T

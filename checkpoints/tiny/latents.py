@@ -104,9 +104,10 @@ class Latents:
             if path not in self.chunks:
                 with np.load(path) as file:
                     self.chunks[path] = dict(file)
-        self.shapes: dict[tuple[int, ...], list[dict[str, np.ndarray]]] = {}
+        shapes: dict[tuple[int, ...], list[dict[str, np.ndarray]]] = {}
         for chunk in self.chunks.values():
-            self.shapes.setdefault(chunk["latents"].shape[2:], []).append(chunk)
+            shapes.setdefault(chunk["latents"].shape[2:], []).append(chunk)
+        self.shapes = shapes
 
     def batch(self, rng: random.Random, count: int) -> Batch:
         """Return `count` pictures of one size, the size chosen by its share."""

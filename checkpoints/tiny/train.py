@@ -12,6 +12,7 @@ the state of all stages (about 300 MB). The package itself must be importable (`
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ HERE = Path(__file__).parent
 
 @click.group(help=__doc__)
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 def _options(command: click.Command) -> click.Command:
@@ -73,7 +74,7 @@ def latents(work: Path, chunks: int) -> None:
 @click.option("--steps", default=8000, show_default=True)
 @click.option("--rate", default=1e-3, show_default=True)
 @click.option("--minutes", type=float, help="Stop after so long (resumable).")
-@click.option("--bf16/--fp32", default=True, show_default=True)
+@click.option("--bf16/--fp32", default=False, show_default=True)
 def base(
     work: Path, steps: int, rate: float, minutes: float | None, bf16: bool
 ) -> None:
@@ -98,7 +99,8 @@ def export(work: Path, to: Path) -> None:
         autoencoder.save_pretrained(folder / "vae")
         model.language.first.save_pretrained(folder / "text_encoder")
         model.language.second.save_pretrained(folder / "text_encoder_2")
-        convert(folder, to, layout="original", dtype="fp16")
+        convert(folder, folder / to.name, layout="original", dtype="fp16")
+        shutil.copyfile(folder / to.name, to)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""Training must be able to start over: each stage lowers its loss from nothing."""
+
+import random
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+STEPS = 50
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A folder for the state, and one thread for each kernel."""
+    torch.set_num_threads(1)
+    return tmp_path
+
+
+def falls(losses):
+    return np.mean(losses[-10:]) < 0.95 * np.mean(losses[:10])
+
+
+def test_networks_have_the_geometry_of_the_preset():
+    """Oracle: the shapes that `sdxl.layouts` lists for the preset `tiny`."""
+    from denoising import Model
+    from networks import NORM_GROUPS, SCALE_FACTOR, make_vae
+
+    from sdxl.config import TINY
+
+    model, vae = Model(), make_vae()
+    assert tuple(model.unet.config.block_out_channels) == tuple(
+        TINY.unet.model_channels * m for m in TINY.unet.channel_mult
+    )
+    assert model.unet.config.cross_attention_dim == TINY.unet.context_dim
+    assert vae.config.scaling_factor == TINY.vae.scale_factor == SCALE_FACTOR
+    assert TINY.unet.norm_groups == TINY.vae.norm_groups == NORM_GROUPS
+
+
+def test_whitening_changes_latents_and_leaves_pictures_alone():
+    """Oracle: the autoencoder before; float32 rounding, largest seen 2e-6."""
+    from autoencoder import whiten
+    from drawing import pixels
+    from networks import make_vae
+    from scenes import draw_scene
+
+    torch.manual_seed(0)
+    vae = make_vae().eval()
+    x = torch.from_numpy(pixels(draw_scene(1)))[None]
+    with torch.no_grad():
+        before = vae.decode(vae.encode(x).latent_dist.mean).sample
+        whiten(vae, pictures=16)
+        latents = vae.encode(x).latent_dist.mean * vae.config.scaling_factor
+        after = vae.decode(latents / vae.config.scaling_factor).sample
+    assert torch.allclose(before, after, atol=1e-4)
+    assert 0.1 < latents.std() < 10
+
+
+def test_captions_name_what_is_drawn():
+    from captions import caption
+    from scenes import draw_scene
+
+    for seed in range(300):
+        scene = draw_scene(seed)
+        text = caption(scene, random.Random(seed))
+        for thing in scene.things:
+            assert thing.color in text
+            assert thing.shape in text
+
+
+@pytest.mark.slow
+def test_autoencoder_learns_in_50_steps(work):
+    from autoencoder import vae_loss
+    from networks import make_vae
+    from training import Stage, run_stage
+
+    torch.manual_seed(0)
+    vae = make_vae()
+    loss_of = vae_loss(vae, steps=10_000)
+    stage = Stage(vae, loss_of, steps=STEPS, rate=1e-3, state_file=work / "vae.pt")
+    assert falls(run_stage(stage))
+
+
+@pytest.mark.slow
+def test_language_learns_in_50_steps_and_a_stopped_stage_goes_on_where_it_was(work):
+    """Oracle: the unbroken stage; bit-equal, as every step's data are its number's."""
+    from language import Language, Reader, language_loss
+    from torch import nn
+    from training import Stage, run_stage
+
+    def stage(name):
+        torch.manual_seed(0)
+        nets = nn.ModuleDict({"language": Language(), "reader": Reader()})
+        state_file = work / f"{name}.pt"
+        loss_of = language_loss(nets)
+        return Stage(nets, loss_of, steps=STEPS, rate=1e-3, state_file=state_file)
+
+    whole = run_stage(stage("whole"))
+    first = run_stage(stage("broken"), stop_at=0.0)
+    rest = run_stage(stage("broken"))
+    assert len(first) == 1
+    assert first + rest == whole
+    assert falls(whole)
+
+
+@pytest.mark.slow
+def test_base_learns_in_50_steps(work):
+    from autoencoder import whiten
+    from denoising import PARTS, Model, base_loss
+    from latents import Latents, add_chunks
+    from networks import make_vae
+    from training import Stage, run_stage
+
+    torch.manual_seed(0)
+    add_chunks(work, whiten(make_vae(), pictures=16), 1)
+    model = Model()
+    stage = Stage(
+        model,
+        base_loss(model, Latents(work), count=16),
+        steps=STEPS,
+        rate=1e-3,
+        groups=model.groups(1e-3),
+        threads=PARTS,
+        state_file=work / "base.pt",
+    )
+    assert falls(run_stage(stage))
