@@ -25,7 +25,7 @@ from typing import Any
 import jobs
 from jobs import plan
 from jobs.config import JobConfig, Resolved, cores, fingerprint, from_dict, resolve
-from jobs.errors import ExitCode, MismatchError
+from jobs.errors import ExitCode, MismatchError, OutputError
 from jobs.images import BYTES_PER_PIXEL
 from jobs.lock import FolderLock
 from jobs.manifest import Manifest, open_manifest
@@ -87,6 +87,13 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """Which failed rows to make again: all, or those of some error classes."""
+
+    only: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """How a run ended."""
 
@@ -104,8 +111,22 @@ class Summary:
         return ExitCode.PARTIAL if bad else ExitCode.OK
 
 
-def run(order: Order, *, pipeline: str = PIPELINE) -> Summary:
-    """Make everything the manifest asks for that the output folder lacks."""
+def run(
+    order: Order, *, pipeline: str = PIPELINE, retry: Retry | None = None
+) -> Summary:
+    """Make everything the manifest asks for that the output folder lacks.
+
+    With `retry`, make the failed rows that it chooses, and nothing else.
+
+    Raises:
+        JobError: what is asked for can't be done, or the folder can't be written.
+        KeyboardInterrupt: a signal came before or after the pictures were in work.
+    """
+    with _stoppable():
+        return _run(order, pipeline, retry)
+
+
+def _run(order: Order, pipeline: str, retry: Retry | None) -> Summary:
     manifest = open_manifest(
         order.manifest, prompt_column=order.prompt_column, id_column=order.id_column
     )
@@ -117,10 +138,22 @@ def run(order: Order, *, pipeline: str = PIPELINE) -> Summary:
     )
     store = Store(order.output)
     store.prepare_root()
-    with FolderLock(order.output):
+    with FolderLock(order.output) as lock, folder_errors(order.output):
         return _Run(
-            order, manifest, model, refiner, resolved, store, pipeline
+            order, manifest, model, refiner, resolved, store, pipeline, retry, lock
         ).execute()
+
+
+@contextmanager
+def folder_errors(root: Path) -> Iterator[None]:
+    """Turn what a full, failing, read-only or vanished folder raises into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"can't go on in {root}: {error.strerror or error}",
+            hint="make room or repair the folder, then `sdxl-jobs resume` it",
+        ) from None
 
 
 @dataclass
@@ -132,6 +165,8 @@ class _Run:
     resolved: Resolved
     store: Store
     pipeline: str
+    retry: Retry | None
+    lock: FolderLock
     run_id: str = field(default_factory=lambda: _new_run_id())
     stop: Stop = field(default_factory=Stop)
     _invalid: list[Rejected] = field(default_factory=list)
@@ -146,7 +181,10 @@ class _Run:
         self._compare(fields)
         self.store.prepare()
 
+        self.store.merge_leftovers()
         index = self.store.index()
+        if self.retry:
+            index = index.retrying(self.retry.only)
         found = plan.survey(self.manifest, self.resolved, self.order.limit, index)
         whole = self.order.limit is None
         self.store.check_rows(found.ids, found.contents, whole)
@@ -157,6 +195,9 @@ class _Run:
         with Progress(found.pending) as progress, _signals(self.stop, progress):
             self.progress = progress
             self.counts = index.counts() | {"invalid": 0}
+            if self.retry:
+                self.counts = index.counts()
+                self.counts["failed"] -= found.pending
             self._announce(found)
             self._work(found, index)
             seconds = time.monotonic() - started
@@ -263,6 +304,9 @@ class _Run:
         names = list(self.manifest.extras)
         rows = [invalid_row(row, names) | self._provenance() for row in self._invalid]
         self._invalid.clear()
+        if self.retry:  # what an earlier run said of them stands
+            self._invalid.clear()
+            return
         self._invalid_parts += 1
         name = f"invalid-{self.run_id}-{self._invalid_parts:06d}"
         self.store.write_part(name, rows, self._schema())
@@ -305,7 +349,8 @@ class _Run:
         stopped = self.stop.asked > 0
         results = None
         if not stopped:
-            results = self.store.compact(self._schema(), self._metadata(), self.run_id)
+            run_id = None if self.retry else self.run_id
+            results = self.store.compact(self._schema(), self._metadata(), run_id)
         summary = Summary(
             results=results,
             counts=self.store.index().counts(),
@@ -335,6 +380,7 @@ class _Run:
         self.progress.say(line)
 
     def tick(self, workers: list[dict[str, Any]]) -> None:
+        self.lock.check()
         self._workers = workers
         if time.monotonic() - self._last_status > STATUS_SECONDS:
             self._last_status = time.monotonic()
@@ -382,10 +428,11 @@ def override(config: JobConfig, **runtime: Any) -> JobConfig:
 
 
 def _not_done(tasks: list[Task], index: Index) -> Iterator[Task]:
-    done = index.is_done([task.image_id for task in tasks])
-    for task, skip in zip(tasks, done, strict=True):
+    ids = [task.image_id for task in tasks]
+    done, tried = index.is_done(ids), index.attempts_of(ids)
+    for task, skip, before in zip(tasks, done, tried.tolist(), strict=True):
         if not skip:
-            yield task
+            yield replace(task, attempts=before, earlier=before) if before else task
 
 
 @contextmanager
@@ -397,6 +444,25 @@ def _signals(stop: Stop, progress: Progress) -> Iterator[None]:
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let the signals to stop end planning and compacting as SIGINT does.
+
+    Both leave the folder as it was: what they write is published whole or not at all.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
