@@ -174,7 +174,6 @@ class _Conversion:
                 dtype = self.dtypes[spec.name]
                 writer.add(spec.mindspore, self.checkpoint.read(spec), dtype)
                 self._advance(spec)
-        _sync(path)
 
     def _write_folder(self, path: Path) -> None:
         write_folder_files(path, self.checkpoint.config)
@@ -207,7 +206,6 @@ class _Conversion:
                 for name, array in zip(names[spec.name], arrays, strict=True):
                     writer.add(name, array)
                 self._advance(spec)
-        _sync(path)
 
     def _names(self, spec: TensorSpec) -> tuple[str, ...]:
         return spec.diffusers if self.layout == "diffusers" else (spec.name,)
@@ -230,6 +228,8 @@ def _published(dst: Path, *, folder: bool) -> Iterator[Path]:
         unfinished.mkdir()
     try:
         yield unfinished
+        for path in (unfinished, *unfinished.rglob("*")):
+            _sync(path)
         if dst.exists():
             raise CheckpointError(f"{dst}: appeared while it was being written")
         unfinished.replace(dst)

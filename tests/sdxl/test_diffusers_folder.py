@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdxl.config import BASE, REFINER, TINY
+from sdxl.config import BASE, PRESETS, REFINER, TINY
 from sdxl.convert import convert
 from sdxl.diffusers_config import read_config
 from sdxl.diffusers_json import text_json, unet_json, vae_json
@@ -84,8 +84,8 @@ def configs(config, root):
 
 @pytest.mark.parametrize(
     "config",
-    [BASE, REFINER, LCM, TINY, *NARROW.values()],
-    ids=["base", "refiner", "lcm", "tiny", *(f"narrow {name}" for name in NARROW)],
+    [LCM, *PRESETS.values(), *NARROW.values()],
+    ids=["lcm", *PRESETS, *(f"narrow {name}" for name in NARROW)],
 )
 def test_a_geometry_survives_its_config_files(config, tmp_path):
     """Writing a geometry as diffusers' settings and reading it back changes nothing."""
