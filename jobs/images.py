@@ -26,6 +26,8 @@ BYTES_PER_PIXEL = {"png": 1.6, "jpeg": 0.45, "webp": 0.25}
 INIT_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 METADATA_KEY = "sdxl_jobs"
 BLACK_LEVEL = 2
+MAX_EXIF = 60_000  # a JPEG holds 64 KB of it
+MAX_CUT = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ def encode(
     `pixel_sha256` is of the decoded RGB bytes, row by row: what a reader will get.
     """
     image = Image.fromarray(pixels, "RGB")
-    text = json.dumps(settings, ensure_ascii=True, sort_keys=True)
+    text = _settings_text(settings, kind)
     buffer = io.BytesIO()
     if kind == "png":
         info = PngImagePlugin.PngInfo()
@@ -58,7 +60,7 @@ def encode(
         image.save(buffer, "PNG", pnginfo=info, compress_level=png_level)
     else:
         exif = Image.Exif()
-        exif[ExifTags.Base.ImageDescription] = text[:60_000]
+        exif[ExifTags.Base.ImageDescription] = text
         options = {"subsampling": 0} if kind == "jpeg" else {"method": 4}
         image.save(buffer, kind.upper(), quality=quality, exif=exif, **options)
     data = buffer.getvalue()
@@ -66,10 +68,25 @@ def encode(
     return Encoded(data, hashlib.sha256(data).hexdigest(), pixel_sha256(seen))
 
 
+def _settings_text(settings: Mapping[str, Any], kind: str) -> str:
+    """Write the settings as JSON; long texts are cut where the format has no room."""
+    text = json.dumps(settings, ensure_ascii=True, sort_keys=True)
+    if kind == "png" or len(text) <= MAX_EXIF:
+        return text
+    cut = {k: v[:MAX_CUT] if isinstance(v, str) else v for k, v in settings.items()}
+    return json.dumps(cut | {"cut": True}, ensure_ascii=True, sort_keys=True)
+
+
 def decode(data: bytes) -> np.ndarray:
     """Decode an image file to (H, W, 3) uint8."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """Read width and height from an image file's header, decoding nothing."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size
 
 
 def read_settings(data: bytes) -> dict[str, Any]:
@@ -109,7 +126,7 @@ def read_init(path: Path, width: int, height: int) -> np.ndarray:
                 picture = image.convert("RGB").resize((width, height))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise OSError(f"init_image {path.name}: too many pixels") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow: broken PNG chunks
         reason = getattr(error, "strerror", None) or "not a readable image"
         raise OSError(f"init_image {path.name}: {reason}") from None
     return np.asarray(picture)

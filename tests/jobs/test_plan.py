@@ -40,7 +40,7 @@ def planned(path, job=None, limit=None):
 
 
 def test_names_and_derived_seeds_are_what_they_have_always_been():
-    # Golden, by `printf 'a\\x1f0' | b2sum -l 64`. Were they to change, every stored job
+    # Golden, by `printf 'a\x1f0' | b2sum -l 64`. Were they to change, every stored job
     # would be made again with other pictures.
     assert image_id("a", 0) == "86928644bd00fcbe"
     assert image_id("日本", 7) == "3453870de5735b70"
