@@ -151,3 +151,38 @@ def test_diffusers_own_converter_gives_our_diffusers_lists(kind):
             # Their loader does not know the guidance embedding.
             del ours["time_embedding.cond_proj.weight"]
         assert theirs == ours
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (BASE, ["output_blocks.2.2.conv", "output_blocks.5.2.conv"]),
+        (
+            REFINER,
+            [
+                "output_blocks.2.1.conv",
+                "output_blocks.5.2.conv",
+                "output_blocks.8.2.conv",
+            ],
+        ),
+    ],
+    ids=["base", "refiner"],
+)
+def test_upsamplers_come_after_what_their_block_has(config, parts):
+    """The refiner's first up level has no attention, so its upsampler is second."""
+    stem = "model.diffusion_model."
+    names = [name.removeprefix(stem) for name in original_shapes(config)]
+    found = [name for name in names if name.endswith(".conv.weight")]
+    assert [n for n in found if "output" in n] == [f"{part}.weight" for part in parts]
+
+
+def test_decoder_levels_count_from_the_finest():
+    """Level 3 comes first and is wide; levels 1 and 0 narrow, with a shortcut each."""
+    shapes = original_shapes(BASE)
+    up = "first_stage_model.decoder.up."
+    shortcuts = {n.removeprefix(up): s for n, s in shapes.items() if "nin_s" in n}
+    assert shapes[f"{up}3.block.0.conv1.weight"] == (512, 512, 3, 3)
+    assert shortcuts["1.block.0.nin_shortcut.weight"] == (256, 512, 1, 1)
+    assert shortcuts["0.block.0.nin_shortcut.weight"] == (128, 256, 1, 1)
+    assert f"{up}1.upsample.conv.weight" in shapes
+    assert f"{up}0.upsample.conv.weight" not in shapes
