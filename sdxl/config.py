@@ -169,6 +169,7 @@ TINY_REFINER = ModelConfig(
         head_dim=32,
         context_dim=32,
         adm_in_channels=32 + 5 * 64,
+        norm_groups=8,
     ),
     text_encoders=(TINY_OPENCLIP,),
     vae=TINY_VAE,
