@@ -14,7 +14,8 @@ import click
 
 from jobs import __version__
 from jobs.config import JobConfig, load
-from jobs.errors import ConfigError, ExitCode, JobError, printable
+from jobs.errors import ConfigError, ExitCode, JobError, nearest, printable
+from jobs.records import ERROR_CLASSES
 
 Command = Callable[..., Any]
 
@@ -76,7 +77,8 @@ def cli() -> None:
     """Offline batch generation for Stable Diffusion XL on MindSpore.
 
     Exit codes: 0 all made; 1 an error; 2 wrong usage; 3 a bug (see log.txt);
-    4 finished, but some rows failed or are invalid; 130 interrupted, resumable.
+    4 finished, but some rows failed or are invalid, or verify found damage;
+    130 interrupted, resumable.
     """
 
 
@@ -120,15 +122,7 @@ def resume(folder: Path, workers: int | None, devices: str | None) -> None:
 
     Example: sdxl-jobs resume outputs/demo --workers 1
     """
-    from dataclasses import replace
-
-    from jobs.run import Order, override
-    from jobs.run import run as run_job
-    from jobs.store import Store
-
-    order = Order.stored(Store(folder))
-    config = override(order.config, workers=workers, devices=devices)
-    _finish(run_job(replace(order, config=config)))
+    _finish(_again(folder, workers, devices))
 
 
 @cli.command()
@@ -149,6 +143,93 @@ def plan(manifest: Path, as_json: bool, **options: Any) -> None:
     click.echo(json.dumps(report, indent=2) if as_json else describe(report))
     if report["invalid"]:
         sys.exit(ExitCode.PARTIAL)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--only", metavar="CLASSES", help="Error classes, such as oom,nan; all by default."
+)
+@click.option("--workers", type=click.IntRange(1), help="Worker processes on the CPU.")
+@click.option("--devices", metavar="LIST", help="Ascend devices: 0-7, or auto.")
+def retry(
+    folder: Path, only: str | None, workers: int | None, devices: str | None
+) -> None:
+    """Make the failed pictures of the job in FOLDER again, and nothing else.
+
+    A picture that fails again keeps its row; attempts add up.
+
+    Example: sdxl-jobs retry outputs/demo --only oom,timeout
+    """
+    from jobs.run import Retry
+
+    chosen = Retry(only=_classes(only))
+    _finish(_again(folder, workers, devices, retry=chosen))
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--sample", type=click.IntRange(0), help="Hash only N images, by chance.")
+@click.option("--repair", is_flag=True, help="Move what is damaged to FOLDER/damaged/.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(folder: Path, sample: int | None, repair: bool, as_json: bool) -> None:
+    """Hold every file, row and image of the job in FOLDER to what was written.
+
+    Ends with exit code 4 when anything is wrong. After `--repair`, `resume` makes again
+    what was lost.
+
+    Example: sdxl-jobs verify outputs/demo --sample 1000
+    """
+    from jobs.repair import repair as repair_folder
+    from jobs.verify import as_dict, describe
+    from jobs.verify import verify as verify_folder
+
+    if repair and sample is not None:
+        raise click.UsageError("--repair looks at every image; leave out --sample")
+    report = repair_folder(folder) if repair else verify_folder(folder, sample=sample)
+    click.echo(json.dumps(as_dict(report), indent=2) if as_json else describe(report))
+    if not report.sound:
+        then = "resume" if repair else "verify --repair"
+        click.echo(f"hint: go on with `sdxl-jobs {then}`", err=True)
+        sys.exit(ExitCode.PARTIAL)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("image_id")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the picture here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def replay(folder: Path, image_id: str, out: Path | None, as_json: bool) -> None:
+    """Make one picture again from its result row and compare the pixels.
+
+    Ends with exit code 4 when they differ; FOLDER is left as it is.
+
+    Example: sdxl-jobs replay outputs/demo 0123456789abcdef --out again.png
+    """
+    from jobs.replay import replay as replay_image
+
+    found = replay_image(folder, image_id, out=out)
+    if as_json:
+        report = {"image_id": image_id, "same": found.same}
+        report |= {"expected": found.expected, "found": found.found}
+        click.echo(json.dumps(report, indent=2))
+    else:
+        verdict = "the same pixels" if found.same else "other pixels"
+        click.echo(f"{image_id}: {verdict} ({found.found[:16]})")
+    if not found.same:
+        sys.exit(ExitCode.PARTIAL)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def compact(folder: Path) -> None:
+    """Merge all rows of the job in FOLDER, finished or not, into results.parquet.
+
+    Example: sdxl-jobs compact outputs/demo
+    """
+    from jobs.compact import compact as compact_folder
+
+    click.echo(compact_folder(folder))
 
 
 @cli.command()
@@ -289,6 +370,34 @@ def _config(
     if batch_size:
         flags.append(f"runtime.batch_size={batch_size}")
     return load(config_path, (*flags, *overrides))
+
+
+def _again(
+    folder: Path, workers: int | None, devices: str | None, **options: Any
+) -> Any:
+    """Run the job that a folder holds, with its own settings, on these devices."""
+    from dataclasses import replace
+
+    from jobs.run import Order, override
+    from jobs.run import run as run_job
+    from jobs.store import Store
+
+    order = Order.stored(Store(folder))
+    config = override(order.config, workers=workers, devices=devices)
+    return run_job(replace(order, config=config), **options)
+
+
+def _classes(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in ERROR_CLASSES:
+            raise ConfigError(
+                f"--only: unknown error class `{name}`",
+                hint=nearest(name, ERROR_CLASSES),
+            )
+    return names
 
 
 def _finish(summary: Any) -> None:

@@ -9,6 +9,8 @@ Every file carries the CRC of each page and its own seal (see `seal`).
 
 from __future__ import annotations
 
+import os
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +18,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs import seal
 from jobs.errors import OutputError
-from jobs.records import RESULT_COLUMNS
+from jobs.records import ERROR_CLASSES, RESULT_COLUMNS
 
 STATUSES = ("ok", "failed", "invalid")
 COMPACT_ROWS = 250_000
-GROUP_ROWS = 32_768
+GROUP_ROWS = 8_192
 
 _ARROW = {
     "string": pa.string(),
@@ -35,6 +38,7 @@ _ARROW = {
     "list<string>": pa.list_(pa.string()),
     "timestamp": pa.timestamp("us", tz="UTC"),
 }
+INDEX_COLUMNS = ["image_id", "status", "attempts", "error_class"]
 _WRITING = {"compression": "zstd", "write_page_checksum": True}
 
 
@@ -90,21 +94,88 @@ def read(path: Path, columns: list[str] | None = None) -> pa.Table:
         ) from None
 
 
-def sound_groups(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+def sound_groups(path: Path) -> Iterator[pa.Table]:
     """Yield what can still be trusted of a damaged file: row groups that read whole."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if not set(RESULT_COLUMNS) <= set(file.schema_arrow.names):
-                return
-            groups = file.num_row_groups
+            columns = file.schema_arrow.names
+            numbers = range(file.num_row_groups)
     except (pa.ArrowException, OSError, ValueError, KeyError):
         return
-    for group in range(groups):
+    if not set(RESULT_COLUMNS) <= set(columns):
+        return
+    for number in numbers:
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                yield conform(file.read_row_group(group), schema)
-        except (pa.ArrowException, OSError, ValueError, KeyError):
+                table = file.read_row_group(number).replace_schema_metadata()
+            table.validate(full=True)
+            _index_of(table)
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
             continue
+        yield table
+
+
+def drop(path: Path, image_ids: np.ndarray, aside: Path) -> int:
+    """Take rows out of a file, keeping them in another; tell how many there were."""
+    kept, dropped = [], []
+    for table in groups(path):
+        bad = np.isin(_index_of(table)[0], image_ids)
+        kept.append(table.filter(pa.array(~bad)))
+        dropped.append(table.filter(pa.array(bad)))
+    count = sum(len(table) for table in dropped)
+    if count:
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        publish_tables(aside, dropped, dropped[0].schema)
+        publish_tables(path, kept, kept[0].schema)
+    return count
+
+
+def publish_tables(path: Path, tables: list[pa.Table], schema: pa.Schema) -> None:
+    """Write tables to a file that is there whole or not at all."""
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}.parquet")
+    write(temporary, iter(tables), schema)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def rows_of(path: Path, image_id: str) -> list[dict[str, Any]]:
+    """Read the rows of one image."""
+    found = []
+    for table in groups(path):
+        wanted = pc.equal(table["image_id"], image_id)
+        found += table.filter(wanted).to_pylist()
+    return found
+
+
+def union_schema(paths: Sequence[Path]) -> pa.Schema:
+    """Give the result columns and whatever others any of the files has, at the end."""
+    schema = result_schema()
+    for path in paths:
+        for column in schema_of(path):
+            if column.name not in schema.names:
+                schema = schema.append(column)
+    return schema
+
+
+def groups(path: Path) -> Iterator[pa.Table]:
+    """Read a file a row group at a time."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group)
+
+
+def as_mask(keep: np.ndarray) -> pa.Array:
+    """Make a boolean array fit to filter a table with."""
+    return pa.array(keep)
+
+
+def lookup(ordered: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Give the place of each of `asked` in a sorted array, -1 where it is not."""
+    if not len(ordered):
+        return np.full(len(asked), -1)
+    at = np.minimum(np.searchsorted(ordered, asked), len(ordered) - 1)
+    return np.where(ordered[at] == asked, at, -1)
 
 
 def schema_of(path: Path) -> pa.Schema:
@@ -153,35 +224,29 @@ def winners(sources: Sequence[Path]) -> Winners:
     )
 
 
-CLASSES = (
-    "",
-    "oom",
-    "nan",
-    "invalid_row",
-    "io",
-    "device",
-    "timeout",
-    "worker_lost",
-    "bug",
-)
+CLASSES = ("", "invalid_row", *ERROR_CLASSES)
 OTHER = 255
 
 
 def _read_index(path: Path) -> tuple[np.ndarray, ...]:
-    table = read(path, ["image_id", "status", "attempts", "error_class"])
     try:
-        ids = np.fromiter(
-            (int(i, 16) for i in table["image_id"].to_pylist()), np.uint64
-        )
-        status = _codes(table["status"], STATUSES)
-        classes = _codes(table["error_class"], CLASSES)
-        attempts = table["attempts"].to_numpy().astype(np.int32)
+        return _index_of(read(path, INDEX_COLUMNS))
     except (TypeError, ValueError, OverflowError) as error:
         raise OutputError(
             f"can't read {path}: {error}",
             hint="`sdxl-jobs verify --repair` puts it aside; `resume` makes it good",
         ) from None
-    return ids, status, attempts, classes
+
+
+def _index_of(table: pa.Table) -> tuple[np.ndarray, ...]:
+    """Give ids, statuses, attempts and error classes; ValueError where they are odd."""
+    ids = np.fromiter((int(i, 16) for i in table["image_id"].to_pylist()), np.uint64)
+    return (
+        ids,
+        _codes(table["status"], STATUSES),
+        table["attempts"].to_numpy().astype(np.int32),
+        _codes(table["error_class"], CLASSES),
+    )
 
 
 def _codes(column: pa.ChunkedArray, known: tuple[str, ...]) -> np.ndarray:

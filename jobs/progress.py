@@ -119,6 +119,22 @@ def counted(rows: Iterable[Row], what: str) -> Iterator[Row]:
         yield from bar
 
 
+def tracked(items: Iterable[Row], total: int, what: str) -> Iterator[Row]:
+    """Pass items through under a bar that tells the time left; short work has none."""
+    bar = tqdm(
+        items,
+        total=total,
+        desc=what,
+        unit=" files",
+        delay=2,
+        leave=False,
+        file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else LINE_SECONDS,
+    )
+    with bar:
+        yield from bar
+
+
 class ByteBar:
     """Show bytes done of bytes in all: call it with both."""
 

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 SCHEMA_VERSION = 1
+ERROR_CLASSES = ("oom", "nan", "io", "device", "timeout", "worker_lost", "bug")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +211,9 @@ _SETTINGS = (
     "rho",
     "eta",
     "s_churn",
+    "s_tmin",
+    "s_tmax",
+    "s_noise",
     "width",
     "height",
     "original_width",
@@ -298,6 +302,9 @@ RESULT_COLUMNS: dict[str, str] = {
     "rho": "float32",
     "eta": "float32",
     "s_churn": "float32",
+    "s_tmin": "float32",
+    "s_tmax": "float32",
+    "s_noise": "float32",
     "strength": "float32",
     "width": "int32",
     "height": "int32",

@@ -110,10 +110,7 @@ class Index:
     def find(self, image_ids: Sequence[str]) -> np.ndarray:
         """Give each image's position in the index, -1 where it has no row."""
         asked = np.array([int(i, 16) for i in image_ids], np.uint64)
-        if not len(self.ids):
-            return np.full(len(asked), -1)
-        at = np.minimum(np.searchsorted(self.ids, asked), len(self.ids) - 1)
-        return np.where(self.ids[at] == asked, at, -1)
+        return parts.lookup(self.ids, asked)
 
     def is_done(self, image_ids: Sequence[str]) -> np.ndarray:
         """Tell which images are made or failed for good; an invalid row is neither."""
@@ -325,7 +322,7 @@ class Store:
         if known is None:
             return len(ids)
         order = np.argsort(ids, kind="stable")
-        at = _lookup(ids[order], known["ids"])
+        at = parts.lookup(ids[order], known["ids"])
         found = at >= 0
         changed = np.zeros(len(at), bool)
         changed[found] = contents[order][at[found]] != known["contents"][found]
@@ -350,7 +347,7 @@ class Store:
         """Store the hashes of the rows seen, adding to those of earlier runs."""
         known = self._known_rows()
         if known is not None:
-            fresh = _lookup(np.sort(known["ids"]), ids) < 0
+            fresh = parts.lookup(np.sort(known["ids"]), ids) < 0
             ids = np.concatenate([known["ids"], ids[fresh]])
             contents = np.concatenate([known["contents"], contents[fresh]])
         sink = io.BytesIO()
@@ -377,10 +374,3 @@ class Store:
 
 
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError)
-
-
-def _lookup(ordered: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    if not len(ordered):
-        return np.full(len(asked), -1)
-    at = np.minimum(np.searchsorted(ordered, asked), len(ordered) - 1)
-    return np.where(ordered[at] == asked, at, -1)
