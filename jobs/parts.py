@@ -71,8 +71,10 @@ def write(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
     seal.seal_file(path)
 
 
-def read(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read columns of a file, or all of them, checking each page's CRC.
+def read(
+    path: Path, columns: list[str] | None = None, wanted: np.ndarray | None = None
+) -> pa.Table:
+    """Read columns of a file, or the rows of a mask, checking each page's CRC.
 
     Raises:
         FileNotFoundError: it is not there (any more).
@@ -83,6 +85,8 @@ def read(path: Path, columns: list[str] | None = None) -> pa.Table:
             missing = [n for n in columns or () if n not in file.schema_arrow.names]
             if missing:
                 raise ValueError(f"no column `{missing[0]}`")
+            if wanted is not None:
+                return _wanted_rows(file, wanted)
             return file.read(columns=columns)
     except FileNotFoundError:
         raise
@@ -92,6 +96,15 @@ def read(path: Path, columns: list[str] | None = None) -> pa.Table:
             f"can't read {path}: {first}",
             hint="`sdxl-jobs verify --repair` puts it aside; `resume` makes it good",
         ) from None
+
+
+def _wanted_rows(file: pq.ParquetFile, wanted: np.ndarray) -> pa.Table:
+    """Read the rows of a mask, and only the row groups that hold some."""
+    counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    masks = np.split(wanted, np.cumsum(counts)[:-1])
+    chosen = [number for number, mask in enumerate(masks) if mask.any()]
+    table = file.read_row_groups(chosen)
+    return table.filter(pa.array(np.concatenate([masks[i] for i in chosen])))
 
 
 def sound_groups(path: Path) -> Iterator[pa.Table]:
@@ -265,15 +278,20 @@ def in_order(
     keep: Sequence[np.ndarray],
     schema: pa.Schema,
     run_id: str | None,
+    rows_read: int,
 ) -> Iterator[pa.Table]:
     """Yield the kept rows sorted by manifest row, a bounded number at a time.
 
-    With a run id, `invalid` rows of other runs are left out.
+    With a run id, `invalid` rows of other runs are left out, those of the manifest's
+    first `rows_read` rows.
     """
     rows = [read(path, ["source_row"])["source_row"].to_numpy() for path in sources]
     kept = [r[k] for r, k in zip(rows, keep, strict=True)]
     every = np.sort(np.concatenate(kept)) if kept else np.empty(0, np.int64)
     starts = np.unique(every[::COMPACT_ROWS])
+    if not len(starts):
+        yield schema.empty_table()
+        return
     for low, high in zip(starts, [*starts[1:], None], strict=True):
         tables = []
         for path, mask, source_row in zip(sources, keep, rows, strict=True):
@@ -281,16 +299,15 @@ def in_order(
             if high is not None:
                 wanted &= source_row < high
             if wanted.any():
-                tables.append(conform(read(path).filter(pa.array(wanted)), schema))
+                tables.append(conform(read(path, wanted=wanted), schema))
         table = pa.concat_tables(tables)
         if run_id is not None:
             stale = (table["status"].to_numpy() == "invalid") & (
                 table["run_id"].to_numpy() != run_id
             )
+            stale &= table["source_row"].to_numpy() < rows_read
             table = table.filter(pa.array(~stale))
         yield table.sort_by([("source_row", "ascending"), ("image_index", "ascending")])
-    if not len(starts):
-        yield schema.empty_table()
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -8,6 +8,7 @@ Everything that can be refused is refused before the first worker starts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -187,7 +188,10 @@ class _Run:
             index = index.retrying(self.retry.only)
         found = plan.survey(self.manifest, self.resolved, self.order.limit, index)
         whole = self.order.limit is None
-        self.store.check_rows(found.ids, found.contents, whole)
+        self.rows_read = found.rows
+        self.store.check_rows(
+            found.ids, found.contents, whole, lambda at: self._place(found, at)
+        )
         self._write_job(fields, found)
         self.store.remember_rows(found.ids, found.contents)
 
@@ -203,6 +207,14 @@ class _Run:
             seconds = time.monotonic() - started
             made = progress.done - progress.failed
         return self._finish(made, made / seconds if made else 0.0)
+
+    def _place(self, found: plan.Survey, position: int) -> str:
+        """Say where the request at a position of the survey stands in the manifest."""
+        rows = plan.checked(
+            self.manifest, self.resolved, found.repeated, self.order.limit
+        )
+        requests = (row for row in rows if not isinstance(row, Rejected))
+        return next(itertools.islice(requests, position, None)).location
 
     def _announce(self, found: plan.Survey) -> None:
         done = found.tasks - found.pending
@@ -350,7 +362,9 @@ class _Run:
         results = None
         if not stopped:
             run_id = None if self.retry else self.run_id
-            results = self.store.compact(self._schema(), self._metadata(), run_id)
+            results = self.store.compact(
+                self._schema(), self._metadata(), run_id, self.rows_read
+            )
         summary = Summary(
             results=results,
             counts=self.store.index().counts(),

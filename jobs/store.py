@@ -25,7 +25,7 @@ import stat
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -271,12 +271,17 @@ class Store:
         raise OutputError(f"the parts in {self.root} change too fast", hint="try again")
 
     def compact(
-        self, schema: pa.Schema, metadata: dict[str, str], run_id: str | None
+        self,
+        schema: pa.Schema,
+        metadata: dict[str, str],
+        run_id: str | None,
+        rows_read: int = 0,
     ) -> Path:
         """Merge all parts into results.parquet, one row per task, in manifest order.
 
-        With a run id, `invalid` rows of other runs are dropped: this run has read the
-        manifest and said anew which rows are. Memory is bounded by `COMPACT_ROWS`.
+        With a run id, `invalid` rows of other runs are dropped: this run has read that
+        many rows of the manifest and said anew which of them are. Memory is bounded by
+        `COMPACT_ROWS`.
         """
         sources = self.sources(run_id)
         masks = parts.winners(sources).masks
@@ -285,9 +290,8 @@ class Store:
         )
         temporary = self.root / f"{TEMPORARY}{uuid.uuid4().hex}.parquet"
         try:
-            parts.write(
-                temporary, parts.in_order(sources, masks, schema, run_id), schema
-            )
+            tables = parts.in_order(sources, masks, schema, run_id, rows_read)
+            parts.write(temporary, tables, schema)
             point("results", "written")
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -308,12 +312,19 @@ class Store:
 
     # Which manifest this folder has seen ----------------------------------------------
 
-    def check_rows(self, ids: np.ndarray, contents: np.ndarray, whole: bool) -> int:
+    def check_rows(
+        self,
+        ids: np.ndarray,
+        contents: np.ndarray,
+        whole: bool,
+        place: Callable[[int], str],
+    ) -> int:
         """Compare the manifest with the one seen before; count the rows that are new.
 
         Args:
             ids, contents: uint64, one entry per row, as the survey found them.
             whole: the manifest was read to its end, so that a row can be missing.
+            place: says where the row at a position of the two stands.
 
         Raises:
             MismatchError: a row seen before has changed or is gone.
@@ -327,12 +338,12 @@ class Store:
         changed = np.zeros(len(at), bool)
         changed[found] = contents[order][at[found]] != known["contents"][found]
         if changed.any():
-            rows = order[at[changed]] + 1
-            shown = ", ".join(str(row) for row in sorted(rows.tolist())[:5])
+            rows = order[at[changed]]
+            shown = ", ".join(place(row) for row in sorted(rows.tolist())[:5])
             more = ", …" if len(rows) > 5 else ""
             raise MismatchError(
                 f"{int(changed.sum())} rows of the manifest have changed since "
-                f"{self.root} was started: row {shown}{more}",
+                f"{self.root} was started: {shown}{more}",
                 hint="use a new output folder, or give the changed rows new ids",
             )
         if whole and not found.all():
