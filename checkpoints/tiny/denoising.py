@@ -22,7 +22,7 @@ from scenes import Scene
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage
 
-BATCH, PARTS = 48, 2
+BATCH, PARTS = 32, 2
 MIN_SNR = 5.0
 ZERO_SHARE, EMPTY_SHARE = 0.1, 0.03
 SEEDS_FROM = 40_000_000

@@ -56,6 +56,34 @@ def make_unet(*, guidance_embed_dim: int | None = None) -> UNet2DConditionModel:
     )
 
 
+def make_refiner_unet() -> UNet2DConditionModel:
+    """Return the refiner's denoiser (preset `tiny-refiner`)."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 32, 32, 32),
+        down_block_types=(
+            "DownBlock2D",
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "DownBlock2D",
+        ),
+        up_block_types=(
+            "UpBlock2D",
+            "CrossAttnUpBlock2D",
+            "CrossAttnUpBlock2D",
+            "UpBlock2D",
+        ),
+        transformer_layers_per_block=(2, 2, 2, 2),
+        attention_head_dim=(1, 1, 1, 1),
+        cross_attention_dim=TEXT_WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=SIZE_EMBED_DIM,
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 5 * SIZE_EMBED_DIM,
+        use_linear_projection=True,
+        norm_num_groups=NORM_GROUPS,
+    )
+
+
 def make_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """Return the CLIP-like and the OpenCLIP-like encoder."""
 

@@ -4,7 +4,9 @@
     python checkpoints/tiny/train.py language --work FOLDER   # what captions say
     python checkpoints/tiny/train.py latents  --work FOLDER   # drawings, encoded
     python checkpoints/tiny/train.py base     --work FOLDER   # denoiser and encoders
-    python checkpoints/tiny/train.py export   --work FOLDER   # base.safetensors
+    python checkpoints/tiny/train.py lcm      --work FOLDER   # distilled from base
+    python checkpoints/tiny/train.py refiner  --work FOLDER   # the last steps
+    python checkpoints/tiny/train.py export   --work FOLDER base   # base.safetensors
 
 Development only: needs torch, diffusers and transformers. Seeds are fixed; FOLDER holds
 the state of all stages (about 300 MB). The package itself must be importable (`sdxl`).
@@ -20,9 +22,13 @@ from pathlib import Path
 import click
 import torch
 from autoencoder import load_vae, train_vae
+from consistency import load_lcm, train_lcm
 from denoising import load_base, train_base
 from language import train_language
 from latents import add_chunks
+from refining import load_refiner, train_refiner
+
+from sdxl.convert import convert
 
 HERE = Path(__file__).parent
 
@@ -74,33 +80,58 @@ def latents(work: Path, chunks: int) -> None:
 @click.option("--steps", default=8000, show_default=True)
 @click.option("--rate", default=1e-3, show_default=True)
 @click.option("--minutes", type=float, help="Stop after so long (resumable).")
-@click.option("--bf16/--fp32", default=False, show_default=True)
-def base(
-    work: Path, steps: int, rate: float, minutes: float | None, bf16: bool
-) -> None:
+def base(work: Path, steps: int, rate: float, minutes: float | None) -> None:
     """Train the base denoiser together with the text encoders."""
-    stop_at = None if minutes is None else time.time() + 60 * minutes
-    train_base(work, steps=steps, rate=rate, bf16=bf16, stop_at=stop_at, say=_say)
+    train_base(work, steps=steps, rate=rate, stop_at=_in(minutes), say=_say)
 
 
 @main.command()
 @_options
-@click.option(
-    "--to", default=HERE / "base.safetensors", type=click.Path(path_type=Path)
-)
-def export(work: Path, to: Path) -> None:
-    """Write the base model in the original layout, fp16."""
-    from sdxl.convert import convert
+@click.option("--steps", default=2000, show_default=True)
+@click.option("--rate", default=2e-4, show_default=True)
+@click.option("--minutes", type=float, help="Stop after so long (resumable).")
+def lcm(work: Path, steps: int, rate: float, minutes: float | None) -> None:
+    """Distil the base into the latent consistency model."""
+    train_lcm(work, steps=steps, rate=rate, stop_at=_in(minutes), say=_say)
 
-    model, autoencoder = load_base(work), load_vae(work)
+
+@main.command()
+@_options
+@click.option("--steps", default=4000, show_default=True)
+@click.option("--rate", default=1e-3, show_default=True)
+@click.option("--minutes", type=float, help="Stop after so long (resumable).")
+def refiner(work: Path, steps: int, rate: float, minutes: float | None) -> None:
+    """Train the refiner."""
+    train_refiner(work, steps=steps, rate=rate, stop_at=_in(minutes), say=_say)
+
+
+@main.command()
+@_options
+@click.argument("model", type=click.Choice(["base", "lcm", "refiner"]))
+@click.option("--to", type=click.Path(path_type=Path), help="File to write.")
+def export(work: Path, model: str, to: Path | None) -> None:
+    """Write MODEL in the original layout, fp16."""
+    to = to or HERE / f"{model}.safetensors"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model.unet.save_pretrained(folder / "unet")
-        autoencoder.save_pretrained(folder / "vae")
-        model.language.first.save_pretrained(folder / "text_encoder")
-        model.language.second.save_pretrained(folder / "text_encoder_2")
-        convert(folder, folder / to.name, layout="original", dtype="fp16")
+        save_diffusers(work, model, folder / "diffusers")
+        convert(folder / "diffusers", folder / to.name, layout="original", dtype="fp16")
         shutil.copyfile(folder / to.name, to)
+
+
+def save_diffusers(work: Path, model: str, folder: Path) -> None:
+    """Save a trained model's parts as a diffusers folder, float32."""
+    language = load_base(work).language
+    load_vae(work).save_pretrained(folder / "vae")
+    language.second.save_pretrained(folder / "text_encoder_2")
+    if model != "refiner":
+        language.first.save_pretrained(folder / "text_encoder")
+    nets = {"base": load_base, "lcm": load_lcm, "refiner": load_refiner}[model](work)
+    nets.unet.save_pretrained(folder / "unet")
+
+
+def _in(minutes: float | None) -> float | None:
+    return None if minutes is None else time.time() + 60 * minutes
 
 
 if __name__ == "__main__":
