@@ -18,7 +18,7 @@ from typing import Any
 from sdxl.config import VAE_FACTOR, ModelConfig, TextEncoderConfig
 from sdxl.diffusers_config import UNET_FIXED, VAE_FIXED
 from sdxl.stored import CheckpointError
-from sdxl.tokenizer import CONTEXT_LENGTH, _read_merges, _vocabulary
+from sdxl.tokenizer import CONTEXT_LENGTH, read_merges, vocabulary_of
 
 _SCHEDULE = {
     "beta_end": 0.012,
@@ -151,8 +151,8 @@ def text_json(text: TextEncoderConfig) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, pad: str) -> None:
-    merges = _read_merges()
-    vocabulary = _vocabulary(merges)
+    merges = read_merges()
+    vocabulary = vocabulary_of(merges)
     _write_json(folder / "vocab.json", vocabulary)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -143,8 +143,8 @@ def _model() -> tokenizers.Tokenizer:
     """Build the shared byte-pair encoder."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    merges = _read_merges()
-    vocabulary = _vocabulary(merges)
+    merges = read_merges()
+    vocabulary = vocabulary_of(merges)
     model = Tokenizer(
         models.BPE(vocabulary, merges, end_of_word_suffix="</w>", fuse_unk=False)
     )
@@ -170,14 +170,14 @@ def _with_specials(text: str) -> list[int]:
     return ids + model.encode(text[begin:], add_special_tokens=False).ids
 
 
-def _read_merges() -> list[tuple[str, str]]:
+def read_merges() -> list[tuple[str, str]]:
     packed = resources.files(__package__).joinpath(_MERGES_FILE).read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n", _MERGES + 1)
     pairs = (line.split() for line in lines[1 : _MERGES + 1])
     return [(left, right) for left, right in pairs]
 
 
-def _vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
+def vocabulary_of(merges: list[tuple[str, str]]) -> dict[str, int]:
     """Number the tokens: 256 bytes, the same at a word's end, merges, two specials."""
     symbols = _byte_symbols()
     tokens = symbols + [symbol + "</w>" for symbol in symbols]

@@ -135,8 +135,8 @@ def test_hugging_face_differs_only_where_it_does_not_clean():
     transformers = pytest.importorskip("transformers")
     from sdxl import tokenizer
 
-    merges = tokenizer._read_merges()
-    theirs = transformers.CLIPTokenizer(tokenizer._vocabulary(merges), merges)
+    merges = tokenizer.read_merges()
+    theirs = transformers.CLIPTokenizer(tokenizer.vocabulary_of(merges), merges)
     prompts = read_prompts()
     differing = [
         prompt
