@@ -51,7 +51,7 @@ oracle: $(READY)  ## Install diffusers, transformers, k-diffusion and torch for 
 	$(BIN)/python -m pip install --quiet --no-deps k-diffusion==0.1.1.post1
 
 clean:  ## Remove what the demo and the tests made
-	rm -rf $(DEMO) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(DEMO) rank_0 .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## Remove .venv too
