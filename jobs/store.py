@@ -370,7 +370,8 @@ class Store:
     def _known_rows(self) -> dict[str, np.ndarray] | None:
         try:
             wrong = seal.broken(self.rows)
-            with np.load(self.rows, allow_pickle=False) as stored:
+            whole = io.BytesIO(self.rows.read_bytes())  # np.load leaves a bad file open
+            with np.load(whole, allow_pickle=False) as stored:
                 known = {name: stored[name] for name in ("ids", "contents")}
         except FileNotFoundError:
             return None
