@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -352,16 +353,12 @@ def _config(
     batch_size: int | None,
     overrides: tuple[str, ...],
 ) -> JobConfig:
-    if devices and workers:
-        raise ConfigError(
-            "--devices and --workers exclude each other",
-            hint="--devices is for Ascend, --workers for the CPU",
-        )
+    _refuse_both(devices, workers)
     flags = []
     if checkpoint:  # a checkpoint says itself what it is
         flags += [
             "model.preset=null",
-            f"model.checkpoint={json.dumps(str(checkpoint))}",
+            f"model.checkpoint={json.dumps(str(checkpoint), ensure_ascii=False)}",
         ]
     if devices:
         flags += [f"runtime.devices={json.dumps(devices)}", "runtime.workers=null"]
@@ -370,6 +367,14 @@ def _config(
     if batch_size:
         flags.append(f"runtime.batch_size={batch_size}")
     return load(config_path, (*flags, *overrides))
+
+
+def _refuse_both(devices: str | None, workers: int | None) -> None:
+    if devices and workers:
+        raise ConfigError(
+            "--devices and --workers exclude each other",
+            hint="--devices is for Ascend, --workers for the CPU",
+        )
 
 
 def _again(
@@ -382,6 +387,7 @@ def _again(
     from jobs.run import run as run_job
     from jobs.store import Store
 
+    _refuse_both(devices, workers)
     order = Order.stored(Store(folder))
     config = override(order.config, workers=workers, devices=devices)
     return run_job(replace(order, config=config), **options)
@@ -418,10 +424,7 @@ def _finish(summary: Any) -> None:
 def _report_bug(error: Exception, arguments: list[str] | None) -> None:
     """Write the trace to log.txt, in the job's folder where there is one."""
     words = sys.argv[1:] if arguments is None else arguments
-    folder = Path()
-    if "--output" in words[:-1]:
-        folder = Path(words[words.index("--output") + 1])
-    log = (folder if folder.is_dir() else Path()) / "log.txt"
+    log = _folder_of(words) / "log.txt"
     text = "".join(traceback.format_exception(error))
     try:
         with log.open("a", encoding="utf-8") as file:
@@ -433,3 +436,12 @@ def _report_bug(error: Exception, arguments: list[str] | None) -> None:
         place = text
     line = printable(f"{type(error).__name__}: {error}", 500)
     click.echo(f"bug: {line}\nhint: please report it; {place}", err=True)
+
+
+def _folder_of(words: list[str]) -> Path:
+    """Guess the job's folder from a command line; the current one where none is."""
+    for before, word in itertools.pairwise(words):
+        is_folder = before in ("--output", "resume", "retry", "verify", "status")
+        if is_folder and (Path(word) / "job.json").exists():
+            return Path(word)
+    return Path()
