@@ -71,7 +71,9 @@ class ClipEmbeddings(nn.Cell):
         self.position_embedding = Embedding(config.context_length, config.width, dtype)
 
     def construct(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.embedding_table
+        return ops.add_row(
+            self.token_embedding(ids), self.position_embedding.embedding_table
+        )
 
 
 class ClipLayers(nn.Cell):
@@ -126,7 +128,7 @@ class OpenClipAttention(nn.Cell):
 
     def construct(self, x: Tensor, mask: Tensor) -> Tensor:
         D = x.shape[-1]
-        qkv = msops.dense(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = ops.dense(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = msops.split(qkv, D, -1)
         return self.out_proj(self.attention(q, k, v, mask))
 
@@ -179,7 +181,7 @@ class OpenClipModel(nn.Cell):
 
     def construct(self, ids: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         B, L = ids.shape
-        x = self.token_embedding(ids) + self.positional_embedding
+        x = ops.add_row(self.token_embedding(ids), self.positional_embedding)
         for layer in self.transformer.resblocks[: self.depth]:
             x = layer(x, self.mask)
         last = self.transformer.resblocks[self.depth](x, self.mask)

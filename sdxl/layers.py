@@ -34,7 +34,7 @@ class Dense(nn.Cell):
         self.bias = empty((width_out,), dtype, "bias") if bias else None
 
     def construct(self, x: Tensor) -> Tensor:
-        return msops.dense(x, self.weight, self.bias)
+        return ops.dense(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Cell):
@@ -98,13 +98,10 @@ class GroupNorm(nn.Cell):
         super().__init__()
         self.gamma = empty((channels,), ms.float32, "gamma")
         self.beta = empty((channels,), ms.float32, "beta")
-        self.standardize = ops.GroupStandardize(groups, eps)
+        self.normalize = ops.GroupNormalize(groups, eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        C = x.shape[1]
-        y = self.standardize(x)
-        y = y * self.gamma.reshape(1, C, 1, 1) + self.beta.reshape(1, C, 1, 1)
-        return y.astype(x.dtype)
+        return self.normalize(x, self.gamma, self.beta).astype(x.dtype)
 
 
 class SiLU(nn.Cell):

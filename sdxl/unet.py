@@ -123,8 +123,7 @@ class ResBlock(nn.Cell):
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         h = self.in_layers(x)
 
-        emb = self.emb_layers(emb)
-        h = h + emb.reshape(*emb.shape, 1, 1)
+        h = ops.add_per_channel(h, self.emb_layers(emb))
 
         h = self.out_layers(h)
         return self.skip_connection(x) + h
