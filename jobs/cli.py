@@ -141,7 +141,7 @@ def plan(manifest: Path, as_json: bool, **options: Any) -> None:
 
     config = _config(**_settings(options))
     report = estimate(manifest, config, **options)
-    click.echo(json.dumps(report, indent=2) if as_json else describe(report))
+    _show(json.dumps(report, indent=2) if as_json else describe(report))
     if report["invalid"]:
         sys.exit(ExitCode.PARTIAL)
 
@@ -188,7 +188,7 @@ def verify(folder: Path, sample: int | None, repair: bool, as_json: bool) -> Non
     if repair and sample is not None:
         raise click.UsageError("--repair looks at every image; leave out --sample")
     report = repair_folder(folder) if repair else verify_folder(folder, sample=sample)
-    click.echo(json.dumps(as_dict(report), indent=2) if as_json else describe(report))
+    _show(json.dumps(as_dict(report), indent=2) if as_json else describe(report))
     if not report.sound:
         then = "resume" if repair else "verify --repair"
         click.echo(f"hint: go on with `sdxl-jobs {then}`", err=True)
@@ -244,7 +244,7 @@ def status(folder: Path, as_json: bool) -> None:
     from jobs.status import describe, read_status
 
     report = read_status(folder)
-    click.echo(json.dumps(report, indent=2) if as_json else describe(report))
+    _show(json.dumps(report, indent=2) if as_json else describe(report))
 
 
 @cli.command()
@@ -301,7 +301,7 @@ def inspect(path: Path, as_json: bool, preset: str | None) -> None:
     from jobs.model import describe_inspection, inspect_checkpoint
 
     report = inspect_checkpoint(path, preset=preset)
-    click.echo(json.dumps(report, indent=2) if as_json else describe_inspection(report))
+    _show(json.dumps(report, indent=2) if as_json else describe_inspection(report))
     if report["missing"] or report["extra"] or report["unfit"]:
         sys.exit(ExitCode.ERROR)
 
@@ -404,6 +404,11 @@ def _classes(text: str | None) -> tuple[str, ...] | None:
                 hint=nearest(name, ERROR_CLASSES),
             )
     return names
+
+
+def _show(text: str) -> None:
+    """Print lines that may hold names and texts from anywhere."""
+    click.echo("\n".join(printable(line, len(line)) for line in text.split("\n")))
 
 
 def _finish(summary: Any) -> None:
