@@ -15,9 +15,9 @@ from jobs.config import cores
 from jobs.errors import ConfigError, ModelError, OutputError
 from jobs.model import open_model
 from jobs.records import RESULT_COLUMNS, Task, picture_settings, task_row
-from jobs.run import PIPELINE, Order, pipeline_options
+from jobs.run import Order
+from jobs.stages import load_pipeline, make, pipeline_name, pipeline_options
 from jobs.store import Store, publish
-from jobs.worker import load_pipeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,11 @@ class Replay:
 
 
 def replay(
-    folder: Path, image_id: str, *, out: Path | None = None, pipeline: str = PIPELINE
+    folder: Path,
+    image_id: str,
+    *,
+    out: Path | None = None,
+    pipeline: str | None = None,
 ) -> Replay:
     """Make the picture of a row again, in a graph of the same batch size.
 
@@ -55,13 +59,12 @@ def replay(
             f"{model.path} is not the checkpoint that made `{image_id}`",
             hint=f"its SHA-256 was {row['model_sha256']}",
         )
-    maker: Any = load_pipeline(pipeline, pipeline_options(resolved, cores()))
+    options = pipeline_options(resolved, cores())
+    maker = load_pipeline(pipeline or pipeline_name(resolved), options)
     task = task_again(row)
-    cond = maker.encode([task], resolved.batch_size)
-    latents = maker.sample(cond, [task], resolved.batch_size)
-    pixels = maker.decode(latents, resolved.batch_size)[0]
+    made = make(maker, [task], resolved.batch_size, resolved.init_folder)
     encoded = images.encode(
-        pixels,
+        made.pixels[0],
         row["image_format"],
         picture_settings(task_row(task, ())),
         quality=order.config.output.quality,

@@ -35,10 +35,10 @@ from jobs.parts import result_schema
 from jobs.pool import Pool, Stop
 from jobs.progress import Progress
 from jobs.records import SCHEMA_VERSION, Rejected, Task, invalid_row
+from jobs.stages import pipeline_name, pipeline_options
 from jobs.store import Index, Store
 from jobs.worker import WorkerSpec
 
-PIPELINE = "sdxl.pipeline:Pipeline.load"
 CHUNK = 2_048
 STATUS_SECONDS = 2.0
 
@@ -113,7 +113,7 @@ class Summary:
 
 
 def run(
-    order: Order, *, pipeline: str = PIPELINE, retry: Retry | None = None
+    order: Order, *, pipeline: str | None = None, retry: Retry | None = None
 ) -> Summary:
     """Make everything the manifest asks for that the output folder lacks.
 
@@ -165,7 +165,7 @@ class _Run:
     refiner: Model | None
     resolved: Resolved
     store: Store
-    pipeline: str
+    pipeline: str | None
     retry: Retry | None
     lock: FolderLock
     run_id: str = field(default_factory=lambda: _new_run_id())
@@ -346,7 +346,8 @@ class _Run:
             device_target=resolved.device_target,
             device_id=device,
             threads=threads,
-            pipeline=self.pipeline,
+            pipeline=self.pipeline or pipeline_name(resolved),
+            init_folder=resolved.init_folder,
             pipeline_options=pipeline_options(resolved, threads),
             batch_size=resolved.batch_size,
             writer_threads=resolved.writer_threads,
@@ -416,19 +417,6 @@ class _Run:
             },
             "status",
         )
-
-
-def pipeline_options(resolved: Resolved, threads: int) -> dict[str, Any]:
-    """Give the arguments of `sdxl.pipeline.Pipeline.load`."""
-    return {
-        "checkpoint": Path(str(resolved.model.checkpoint)),
-        "preset": resolved.model.preset,
-        "precision": resolved.precision,
-        "jit_level": resolved.jit_level,
-        "device_target": resolved.device_target,
-        "noise": resolved.sampling.noise,
-        "threads": threads,
-    }
 
 
 def override(config: JobConfig, **runtime: Any) -> JobConfig:

@@ -11,7 +11,7 @@ from jobs.config import JobConfig, cores, resolve
 from jobs.errors import ConfigError, OutputError
 from jobs.model import open_model
 from jobs.records import Request, hash64, picture_settings, task_row
-from jobs.run import pipeline_options
+from jobs.stages import load_pipeline, make, pipeline_name, pipeline_options
 from jobs.store import publish
 
 KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -45,15 +45,12 @@ def make_sample(prompt: str, config: JobConfig, out: Path, seed: int | None) -> 
     )
 
     os.environ.setdefault("GLOG_v", "3")
-    from sdxl.pipeline import Pipeline
-
-    pipeline = Pipeline.load(**pipeline_options(resolved, cores()))
+    options = pipeline_options(resolved, cores())
+    pipeline = load_pipeline(pipeline_name(resolved), options)
     started = time.perf_counter()
-    cond = pipeline.encode([task], 1)
-    latents = pipeline.sample(cond, [task], 1)
-    pixels = pipeline.decode(latents, 1)[0]
+    made = make(pipeline, [task], 1, Path())
     encoded = images.encode(
-        pixels,
+        made.pixels[0],
         kind,
         picture_settings(task_row(task, ())),
         quality=config.output.quality,

@@ -216,7 +216,7 @@ class Inspection:
     def _check_image(self, row: Row, thorough: bool) -> str | None:
         self._report.images += thorough
         extension = images.EXTENSIONS.get(str(row["image_format"]), "")
-        if row["image_path"] != image_path(row["image_id"], extension):
+        if row["image_path"] != image_path(row["image_id"], f".{extension}"):
             return "its row names another path"
         path = self._store.root / row["image_path"]
         if path.parent.is_symlink():

@@ -15,7 +15,6 @@ A call that fails is split in half until the task that breaks it stands alone.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import multiprocessing
 import os
 import queue
@@ -31,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -47,27 +46,13 @@ from jobs.records import (
     picture_settings,
     task_row,
 )
+from jobs.stages import Made, PipelineLike, load_pipeline, make
 from jobs.store import Store, make_folder, publish
 
 COMMIT_SECONDS = 30.0
 BEAT_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
 Row = dict[str, Any]
-
-
-class PipelineLike(Protocol):
-    """What a worker needs of a model; `sdxl.pipeline.Pipeline` and the tests' fake."""
-
-    compiles: dict[str, int]
-    compile_ms: dict[str, float]
-
-    def encode(self, pictures: Sequence[Task], batch_size: int) -> Any: ...
-
-    def sample(
-        self, cond: Any, pictures: Sequence[Task], batch_size: int
-    ) -> np.ndarray: ...
-
-    def decode(self, latents: np.ndarray, batch_size: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +70,7 @@ class WorkerSpec:
     writer_threads: int
     max_attempts: int
     batch_timeout: float | None = None
+    init_folder: Path = Path()
     output: OutputSection
     extras: Any
     provenance: Row
@@ -121,16 +107,6 @@ class Outbox:
     def send(self, kind: str, **content: Any) -> None:
         with self._lock:
             self._pipe.send((kind, content))
-
-
-@dataclass(slots=True)
-class Made:
-    """What the device gave for one batch, in the order of its tasks."""
-
-    tasks: list[Task]
-    pixels: np.ndarray
-    latents_finite: np.ndarray
-    measured: Row
 
 
 @dataclass
@@ -221,19 +197,12 @@ class Worker:
         ids = [task.image_id for task in tasks]
         self.outbox.send("begin", ids=ids, first=graph not in self._called)
         try:
-            return self._call_stages(tasks)
+            return make(
+                self.pipeline, tasks, self.spec.batch_size, self.spec.init_folder
+            )
         finally:
             self._called.add(graph)
             self.outbox.send("end")
-
-    def _call_stages(self, tasks: list[Task]) -> Made:
-        size = self.spec.batch_size
-        clock = _StageClock(self.pipeline, len(tasks))
-        cond = clock.time("text_encode_ms", self.pipeline.encode, tasks, size)
-        latents = clock.time("denoise_ms", self.pipeline.sample, cond, tasks, size)
-        pixels = clock.time("decode_ms", self.pipeline.decode, latents, size)
-        finite = np.isfinite(latents).reshape(len(tasks), -1).all(axis=1)
-        return Made(tasks, pixels, finite, clock.measured())
 
     def _hand_to_writers(self, made: Made, started: datetime) -> int:
         failed = 0
@@ -241,8 +210,8 @@ class Worker:
         for slot, task in enumerate(made.tasks):
             pixels = made.pixels[slot]
             flags = images.flags(pixels)
-            if not made.latents_finite[slot] or "black" in flags:
-                what = "black" if made.latents_finite[slot] else "not a number"
+            if not made.finite[slot] or "black" in flags:
+                what = "black" if made.finite[slot] else "not a number"
                 self._keep(self._failure(task, "nan", f"the model's output is {what}"))
                 failed += 1
                 continue
@@ -262,24 +231,17 @@ class Worker:
                 "batch_valid": len(made.tasks),
             }
             self._room.acquire()
-            self._pending.append(self._writers.submit(self._write, row, pixels))
+            base = None if made.base_pixels is None else made.base_pixels[slot]
+            self._pending.append(self._writers.submit(self._write, row, pixels, base))
         return failed
 
-    def _write(self, row: Row, pixels: np.ndarray) -> Row:
+    def _write(self, row: Row, pixels: np.ndarray, base: np.ndarray | None) -> Row:
         before = time.perf_counter()
         output = self.spec.output
         try:
-            encoded = images.encode(
-                pixels,
-                output.format,
-                picture_settings(row),
-                quality=output.quality,
-                png_level=output.png_level,
-            )
-            relative = image_path(row["image_id"], images.EXTENSIONS[output.format])
-            path = self._store.root / relative
-            make_folder(path.parent)
-            publish(path, encoded.data, "image")
+            if base is not None:
+                row["base_image_path"], _ = self._write_image(row, base, "-base")
+            relative, encoded = self._write_image(row, pixels)
         finally:
             self._room.release()
         return row | {
@@ -293,6 +255,24 @@ class Worker:
             "write_ms": (time.perf_counter() - before) * 1e3,
             "finished_at": datetime.now(timezone.utc),
         }
+
+    def _write_image(
+        self, row: Row, pixels: np.ndarray, mark: str = ""
+    ) -> tuple[str, images.Encoded]:
+        output = self.spec.output
+        encoded = images.encode(
+            pixels,
+            output.format,
+            picture_settings(row),
+            quality=output.quality,
+            png_level=output.png_level,
+        )
+        extension = images.EXTENSIONS[output.format]
+        relative = image_path(row["image_id"], f"{mark}.{extension}")
+        path = self._store.root / relative
+        make_folder(path.parent)
+        publish(path, encoded.data, "image")
+        return relative, encoded
 
     def _failure(self, task: Task, kind: str, message: str) -> Row:
         return (
@@ -331,32 +311,6 @@ class Worker:
         self._store.write_part(name, rows, self._schema)
         done = [(row["image_id"], row["status"]) for row in rows]
         self.outbox.send("part", name=name, done=done)
-
-
-class _StageClock:
-    """Time each stage of a call, leaving out what went into compiling graphs."""
-
-    def __init__(self, pipeline: PipelineLike, valid: int) -> None:
-        self._pipeline = pipeline
-        self._valid = valid
-        self._spent: Row = {}
-        self._compile_ms = 0.0
-
-    def time(self, stage: str, call: Any, *args: Any) -> Any:
-        compiled = sum(self._pipeline.compile_ms.values())
-        before = time.perf_counter()
-        result = call(*args)
-        elapsed = (time.perf_counter() - before) * 1e3
-        compiled = sum(self._pipeline.compile_ms.values()) - compiled
-        self._compile_ms += compiled
-        self._spent[stage] = max(0.0, elapsed - compiled) / self._valid
-        return result
-
-    def measured(self) -> Row:
-        return self._spent | {
-            "compile_ms": self._compile_ms / self._valid,
-            "includes_compile": self._compile_ms > 0,
-        }
 
 
 def classify(error: BaseException) -> str:
@@ -422,15 +376,6 @@ def _beat(outbox: Outbox) -> None:
             outbox.send("beat")
         except OSError:
             return
-
-
-def load_pipeline(name: str, options: dict[str, Any]) -> PipelineLike:
-    """Load what `module:callable` names."""
-    module, _, path = name.partition(":")
-    factory: Any = importlib.import_module(module)
-    for part in path.split("."):
-        factory = getattr(factory, part)
-    return factory(**options)
 
 
 def _load(spec: WorkerSpec) -> tuple[PipelineLike, Row]:
