@@ -77,7 +77,14 @@ class _Repair:
                 bad_ids.add(finding.image_id)
         if bad_ids:
             self._drop_rows(bad_ids)
+        if self._done:
+            self._say_unfinished()
         return self._done
+
+    def _say_unfinished(self) -> None:
+        """A job that lost rows is no longer finished: it is there to be resumed."""
+        status = {"state": "interrupted", "updated_at": self._aside.name}
+        self._store.write_json(self._store.root / "status.json", status, "status")
 
     def _repair_file(self, finding: Finding) -> None:
         path = self._store.root / finding.path

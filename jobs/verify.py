@@ -138,9 +138,10 @@ class Inspection:
 
     def _is_sound(self, path: Path) -> bool:
         self._report.files += 1
+        store = self._store
         wrong = _not_plain(path)
-        if wrong == "is missing" and path.name == "status.json":
-            return True  # a convenience, and the first run may have died before it
+        if wrong == "is missing" and path in (store.rows, store.root / "status.json"):
+            return True  # the first run may have died before them; the next writes them
         if wrong is None:
             try:
                 wrong = seal.broken(path)
@@ -216,7 +217,7 @@ class Inspection:
     def _check_image(self, row: Row, thorough: bool) -> str | None:
         self._report.images += thorough
         extension = images.EXTENSIONS.get(str(row["image_format"]), "")
-        if row["image_path"] != image_path(row["image_id"], f".{extension}"):
+        if row["image_path"] != image_path(row["image_id"], extension):
             return "its row names another path"
         path = self._store.root / row["image_path"]
         if path.parent.is_symlink():
