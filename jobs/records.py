@@ -189,9 +189,9 @@ def _joined(*parts: object) -> str:
     return "\x1f".join(str(part) for part in parts)
 
 
-def image_path(image_id: str, ending: str) -> str:
+def image_path(image_id: str, extension: str, mark: str = "") -> str:
     """Say where an image lies, relative to the output folder. No user text in it."""
-    return f"images/{image_id[:2]}/{image_id}{ending}"
+    return f"images/{image_id[:2]}/{image_id}{mark}.{extension}"
 
 
 _SETTINGS = (

@@ -268,7 +268,7 @@ class Worker:
             png_level=output.png_level,
         )
         extension = images.EXTENSIONS[output.format]
-        relative = image_path(row["image_id"], f"{mark}.{extension}")
+        relative = image_path(row["image_id"], extension, mark)
         path = self._store.root / relative
         make_folder(path.parent)
         publish(path, encoded.data, "image")
