@@ -21,6 +21,8 @@ class FakePipeline:
     def __init__(self, **options):
         if "refuse-to-load" in str(options["checkpoint"]):
             raise RuntimeError("this device can't start")
+        if "slow-to-load" in str(options["checkpoint"]):
+            time.sleep(600)
         self.compiles: dict[str, int] = {}
         self.compile_ms: dict[str, float] = {}
 
@@ -61,6 +63,9 @@ def _misbehave(prompt):
         action, _, value = word.partition("=")
         if action == "sleep":
             time.sleep(float(value))
+        elif action == "wait-for":
+            while not Path(value).exists():
+                time.sleep(0.01)
         elif action == "raise":
             raise RuntimeError(value)
         elif action == "kill-worker":
