@@ -26,8 +26,12 @@ MAX_PERIOD = 10_000
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 
 
-class Sizes(Protocol):
-    """Sizes in pixels: of the source, of the cut from it, of the picture to make."""
+class Conditions(Protocol):
+    """Numbers that a picture is conditioned on.
+
+    Sizes in pixels: of the source, of the cut from it, of the picture to make. Scores
+    are a refiner's; None is 6.0, and 2.5 for the unconditional branch.
+    """
 
     original_width: int
     original_height: int
@@ -35,6 +39,8 @@ class Sizes(Protocol):
     crop_left: int
     target_width: int
     target_height: int
+    aesthetic_score: float | None
+    negative_aesthetic_score: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,29 +104,39 @@ def sinusoid(values: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate((np.cos(angles), np.sin(angles)), axis=1)
 
 
-def size_numbers(config: ModelConfig, sizes: Sizes, *, negative: bool) -> list[float]:
+def numbers_of(
+    config: ModelConfig, picture: Conditions, *, negative: bool
+) -> list[float]:
     """List the numbers of one branch in the order of the vector."""
     numbers = [
-        sizes.original_height,
-        sizes.original_width,
-        sizes.crop_top,
-        sizes.crop_left,
+        picture.original_height,
+        picture.original_width,
+        picture.crop_top,
+        picture.crop_left,
     ]
     if config.kind == "base":
-        return [*numbers, sizes.target_height, sizes.target_width]
-    return [*numbers, NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE]
+        return [*numbers, picture.target_height, picture.target_width]
+    return [*numbers, _score(picture, negative)]
+
+
+def _score(picture: Conditions, negative: bool) -> float:
+    if negative:
+        score, default = picture.negative_aesthetic_score, NEGATIVE_AESTHETIC_SCORE
+    else:
+        score, default = picture.aesthetic_score, AESTHETIC_SCORE
+    return default if score is None else score
 
 
 def vectors(
     config: ModelConfig,
     texts: Sequence[Text],
-    pictures: Sequence[Sizes],
+    pictures: Sequence[Conditions],
     negative: bool,
 ) -> np.ndarray:
-    """Join pooled texts and embedded sizes: (n, adm_in_channels) float32."""
+    """Join pooled texts and embedded numbers: (n, adm_in_channels) float32."""
     rows = []
-    for text, sizes in zip(texts, pictures, strict=True):
-        numbers = size_numbers(config, sizes, negative=negative)
+    for text, picture in zip(texts, pictures, strict=True):
+        numbers = numbers_of(config, picture, negative=negative)
         embedded = sinusoid(np.array(numbers), config.size_embed_dim)
         rows.append(np.concatenate((text.pooled, embedded.reshape(-1))))
     return np.stack(rows)
@@ -130,9 +146,9 @@ def conditioning(
     config: ModelConfig,
     texts: Sequence[Text],
     unconditional: Sequence[Text],
-    pictures: Sequence[Sizes],
+    pictures: Sequence[Conditions],
 ) -> Conditioning:
-    """Assemble both branches of n pictures from their encoded texts and their sizes."""
+    """Assemble both branches of n pictures from their encoded texts and numbers."""
     return Conditioning(
         context=np.stack([text.hidden for text in texts]),
         vector=vectors(config, texts, pictures, negative=False),

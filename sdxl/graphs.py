@@ -40,13 +40,17 @@ def on_device(array: np.ndarray) -> Tensor:
 
 
 class Graphs:
-    """The graphs of one process, made when first asked for.
+    """The graphs of one model, made when first asked for.
 
-    `compiles` and `compile_ms` go by graph key: how often it was compiled, which should
-    be once, and how long that took in all.
+    `prefix` precedes their keys, to tell two models of one process apart. `compiles`
+    and `compile_ms` go by key: how often it was compiled, which should be once, and how
+    long that took in all.
     """
 
-    def __init__(self, *, precision: str, jit_level: str, device_target: str) -> None:
+    def __init__(
+        self, *, precision: str, jit_level: str, device_target: str, prefix: str = ""
+    ) -> None:
+        self.prefix = prefix
         self.suffix = f"{precision}-{jit_level}-{device_target.lower()}"
         self.jit_level = jit_level
         self.compiles: dict[str, int] = {}
@@ -55,7 +59,7 @@ class Graphs:
 
     def run(self, name: str, make: Callable[[], nn.Cell], *inputs: Input) -> Any:
         """Run the graph `name`, whose cell `make` builds; return what it returns."""
-        key = f"{name}-{self.suffix}"
+        key = f"{self.prefix}{name}-{self.suffix}"
         if key not in self._cells:
             self._cells[key] = make().set_train(False)
             self._cells[key].set_jit_config(ms.JitConfig(jit_level=self.jit_level))
@@ -80,7 +84,8 @@ class Graphs:
         self.compiles[key] = self.compiles.get(key, 0) + compiled
         self.compile_ms[key] = self.compile_ms.get(key, 0.0) + elapsed
 
-    def release(self, prefix: str) -> None:
+    def release(self, name: str = "") -> None:
         """Drop the graphs whose name begins so, and what they hold."""
-        for key in [key for key in self._cells if key.startswith(prefix)]:
+        start = self.prefix + name
+        for key in [key for key in self._cells if key.startswith(start)]:
             del self._cells[key]

@@ -1,96 +1,72 @@
 """From prompts to pixels on one device, a batch at a time.
 
     pictures ──encode──> Conditioning ──sample──> latents ──decode──> pixels
-               texts                   the step              uint8
-               (cached)                graph, n times
+               texts                    │  the step              uint8
+               (cached)   encode_images ┘  graph, n times
 
 Design: every stage runs graphs of a fixed batch size. A short batch is filled up by
 repeating its last picture, and only the valid ones are returned; noise comes from each
-picture's own seed. So nothing that shares a batch can change a picture.
+picture's own seed. So nothing that shares a batch can change a picture. `begin` and
+`run` are the halves of `sample`, for whoever puts two models behind each other.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
-import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
-from mindspore import ops as msops
 
-from sdxl.conditioning import Conditioning, Sizes, Text, conditioning
+from sdxl.conditioning import Conditioning, conditioning
 from sdxl.config import PRESETS, VAE_FACTOR, ModelConfig
 from sdxl.denoiser import Denoiser, Mode
 from sdxl.graphs import Graphs, set_up
+from sdxl.lora import Lora, LoraSet
 from sdxl.model import SDXL
-from sdxl.noise import NoiseStream
+from sdxl.picture import (
+    Picture,
+    Start,
+    draw,
+    filled,
+    from_latents,
+    from_noise,
+    step_noise,
+    streams_of,
+)
 from sdxl.random_weights import RandomCheckpoint
-from sdxl.samplers import SAMPLERS, Observe
-from sdxl.schedule import initial_scale, sigmas
-from sdxl.tokenizer import END_ID, Tokenizer
+from sdxl.samplers import SAMPLERS, Denoise, Observe
+from sdxl.texts import Texts
+from sdxl.thresholding import thresholded
 from sdxl.vae import Decode, Encode
 from sdxl.weights import load_into, open_checkpoint
 
-CACHED_TEXTS = 256
 SAMPLER_OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
 
 
-class Picture(Sizes, Protocol):
-    """What a picture says of itself; None is the sampler's or schedule's default."""
-
-    prompt: str
-    negative_prompt: str | None
-    seed: int
-    guidance_scale: float
-    width: int
-    height: int
-    steps: int
-    sampler: str
-    discretization: str
-    guider: str
-    sigma_min: float | None
-    sigma_max: float | None
-    rho: float | None
-    eta: float | None
-    s_churn: float | None
-    s_tmin: float | None
-    s_tmax: float | None
-    s_noise: float | None
-
-
-class EncodeText(nn.Cell):
-    """Run every text encoder: end positions, ids of each -> hidden states, pooled."""
-
-    def __init__(self, model: SDXL) -> None:
-        super().__init__(auto_prefix=False)
-        self.embedders = model.conditioner.embedders
-
-    def construct(self, end: Tensor, *ids: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, pooled = (), None
-        for i in range(len(ids)):
-            states, vector = self.embedders[i](ids[i], end)
-            hidden = (*hidden, states.astype(ms.float32))
-            if vector is not None:
-                pooled = vector.astype(ms.float32)
-        return msops.concat(hidden, -1), pooled
-
-
 class Pipeline:
-    """One SDXL on one device. `load` makes it."""
+    """One SDXL on one device, base, refiner or consistency model. `load` makes it."""
 
     def __init__(
-        self, model: SDXL, config: ModelConfig, graphs: Graphs, *, noise: str = "numpy"
+        self,
+        model: SDXL,
+        config: ModelConfig,
+        graphs: Graphs,
+        *,
+        noise: str = "numpy",
+        scaling: str = "EpsScaling",
+        quantize_sigma: bool = True,
     ) -> None:
         self.model = model
         self.config = config
         self.graphs = graphs
         self.noise = noise
-        self.denoiser = Denoiser(unet=model.model.diffusion_model, graphs=graphs)
-        self._tokenizers = [Tokenizer(e.pad_id) for e in config.text_encoders]
-        self._texts: OrderedDict[tuple[str, int], Text] = OrderedDict()
+        self.texts = Texts(model, config, graphs)
+        self.denoiser = Denoiser(
+            unet=model.model.diffusion_model,
+            graphs=graphs,
+            scaling=scaling,
+            quantize=quantize_sigma,
+        )
 
     @classmethod
     def load(
@@ -104,23 +80,43 @@ class Pipeline:
         device_id: int = 0,
         noise: str = "numpy",
         threads: int | None = None,
+        loras: Sequence[tuple[Path, float]] = (),
+        scaling: str = "EpsScaling",
+        quantize_sigma: bool = True,
+        name: str = "",
     ) -> Pipeline:
         """Read a checkpoint onto a device; None gives random weights of `preset`.
 
-        Raises `CheckpointError` when it is not whole or not of that preset.
+        `loras` are files and scales, merged while reading; `scaling` and
+        `quantize_sigma` are `schedule.precondition`'s; `name` precedes graph keys.
+        Raises `CheckpointError` when the checkpoint is not whole or not of that preset,
+        or a LoRA does not fit.
         """
         set_up(device_target, device_id, threads)
         graphs = Graphs(
-            precision=precision, jit_level=jit_level, device_target=device_target
+            precision=precision,
+            jit_level=jit_level,
+            device_target=device_target,
+            prefix=name,
         )
         if checkpoint is None:
             stored = RandomCheckpoint(PRESETS[preset or "tiny"])
         else:
             stored = open_checkpoint(checkpoint, preset=preset)
         stored.check()
+        merged = LoraSet(
+            [Lora(path=path, scale=scale) for path, scale in loras], stored.config
+        )
         model = SDXL(stored.config, precision)
-        load_into(model, stored, "")
-        return cls(model, stored.config, graphs, noise=noise)
+        load_into(model, stored, "", patch=merged.apply if loras else None)
+        return cls(
+            model,
+            stored.config,
+            graphs,
+            noise=noise,
+            scaling=scaling,
+            quantize_sigma=quantize_sigma,
+        )
 
     @property
     def compiles(self) -> dict[str, int]:
@@ -133,11 +129,11 @@ class Pipeline:
         return self.graphs.compile_ms
 
     def encode(self, pictures: Sequence[Picture], batch_size: int) -> Conditioning:
-        """Encode prompts and sizes; a text seen lately is not encoded again."""
+        """Encode prompts and numbers; a text seen lately is not encoded again."""
         negatives = [self._negative(picture) for picture in pictures]
         wanted = [picture.prompt for picture in pictures]
         wanted += [text for text in negatives if text is not None]
-        known = self._encode_texts(wanted, batch_size)
+        known = self.texts.encode(wanted, batch_size)
 
         texts = [known[picture.prompt] for picture in pictures]
         unconditional = [
@@ -146,22 +142,63 @@ class Pipeline:
         ]
         return conditioning(self.config, texts, unconditional, pictures)
 
+    def encode_images(
+        self, pixels: np.ndarray, pictures: Sequence[Picture], batch_size: int
+    ) -> np.ndarray:
+        """Turn pixels (n, 8h, 8w, 3) uint8 into latents (n, 4, h, w) float32.
+
+        They are drawn from the autoencoder's posterior with the first noise of each
+        picture's stream, as `sample` expects of its `init`.
+        """
+        mean, deviation = self.posterior(pixels, batch_size)
+        return mean + deviation * draw(streams_of(pictures, self.noise), mean.shape[1:])
+
     def sample(
         self,
         cond: Conditioning,
         pictures: Sequence[Picture],
         batch_size: int,
+        init: np.ndarray | None = None,
         observe: Observe | None = None,
     ) -> np.ndarray:
-        """Denoise from each picture's own noise: latents (n, 4, h, w) float32.
+        """Denoise to latents (n, 4, h, w) float32, from noise or from noised `init`.
 
-        The pictures share size, sampler, steps and schedule; guidance scale and seed
-        are each one's own.
+        The pictures share size, sampler, steps, schedule and strength; guidance scale
+        and seed are each one's own.
         """
+        start = self.begin(pictures, init)
+        return self.run(cond, pictures, batch_size, start, observe)
+
+    def begin(self, pictures: Sequence[Picture], init: np.ndarray | None) -> Start:
+        """Start pictures of one size and schedule: from noise, or from images' latents.
+
+        With `init` (n, 4, h, w) the low end of the schedule is run, by `strength`.
+        """
+        if init is not None:
+            return from_latents(pictures, self.noise, init)
+        h, w = latent_size(pictures[0])
+        return from_noise(pictures, self.noise, (self.config.unet.in_channels, h, w))
+
+    def run(
+        self,
+        cond: Conditioning,
+        pictures: Sequence[Picture],
+        batch_size: int,
+        start: Start,
+        observe: Observe | None = None,
+    ) -> np.ndarray:
+        """Sample down the levels of `start`: latents (n, 4, h, w) float32."""
         parts = []
         for rows, valid in filled(len(pictures), batch_size):
-            part = [pictures[row] for row in rows]
-            x = self._sample_batch(cond.take(rows), part, observe)
+            streams = [start.streams[row] for row in rows[:valid]]
+            x = SAMPLERS[pictures[0].sampler](
+                self._denoise(cond.take(rows), [pictures[row] for row in rows]),
+                start.x[rows],
+                start.levels,
+                noise=step_noise(streams, start.x.shape[1:], batch_size),
+                observe=observe,
+                **{name: getattr(pictures[0], name) for name in SAMPLER_OPTIONS},
+            )
             parts.append(x[:valid])
         return np.concatenate(parts)
 
@@ -181,13 +218,12 @@ class Pipeline:
             parts.append(to_pixels(images[:valid]))
         return np.concatenate(parts)
 
-    def encode_images(
+    def posterior(
         self, pixels: np.ndarray, batch_size: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Turn pixels (n, 8h, 8w, 3) uint8 into the posterior of their latents.
+        """Encode pixels (n, 8h, 8w, 3) uint8: mean and deviation of their latents.
 
-        Returns mean and standard deviation, (n, 4, h, w) float32, both scaled as the
-        network knows latents.
+        Both are (n, 4, h, w) float32, scaled as the network knows latents.
         """
         _, H, W, _ = pixels.shape
         vae, scale = self.model.first_stage_model, self.config.vae.scale_factor
@@ -206,62 +242,25 @@ class Pipeline:
             return ""
         return picture.negative_prompt
 
-    def _encode_texts(self, texts: Iterable[str], batch_size: int) -> dict[str, Text]:
-        """Encode distinct texts. Batch size is in the cache's key: it shows in 1e-6."""
-        distinct = dict.fromkeys(texts)
-        missing = [text for text in distinct if (text, batch_size) not in self._texts]
-        fresh: dict[str, Text] = {}
-        for rows, valid in filled(len(missing), batch_size):
-            part = [missing[row] for row in rows]
-            hidden, pooled = self._run_encoders(part)
-            for i in range(valid):
-                fresh[part[i]] = Text(hidden=hidden[i], pooled=pooled[i])
-
-        found = {
-            text: fresh[text] if text in fresh else self._texts[text, batch_size]
-            for text in distinct
-        }
-        self._remember(found, batch_size)
-        return found
-
-    def _run_encoders(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = [tokenizer(texts)[0] for tokenizer in self._tokenizers]
-        end = (ids[-1] == END_ID).argmax(axis=1).astype(np.int32)
-        name = f"text-b{len(texts)}"
-        return self.graphs.run(name, lambda: EncodeText(self.model), end, *ids)
-
-    def _remember(self, texts: dict[str, Text], batch_size: int) -> None:
-        for text, encoded in texts.items():
-            self._texts[text, batch_size] = encoded
-            self._texts.move_to_end((text, batch_size))
-        while len(self._texts) > CACHED_TEXTS:
-            self._texts.popitem(last=False)
-
-    def _sample_batch(
-        self, cond: Conditioning, pictures: Sequence[Picture], observe: Observe | None
-    ) -> np.ndarray:
+    def _denoise(self, cond: Conditioning, pictures: Sequence[Picture]) -> Denoise:
         first = pictures[0]
-        h, w = first.height // VAE_FACTOR, first.width // VAE_FACTOR
         guidance = np.array([p.guidance_scale for p in pictures], np.float32)
-        denoise = self.denoiser.bind(cond, guidance, (h, w), self._mode(first.guider))
-        levels = sigmas(
-            first.discretization,
-            first.steps,
-            sigma_min=first.sigma_min,
-            sigma_max=first.sigma_max,
-            rho=first.rho,
-        )
-        noise = noise_of(pictures, self.noise, (1, self.config.unet.in_channels, h, w))
-        return SAMPLERS[first.sampler](
+        mode = self._mode(first.guider)
+        denoise = self.denoiser.bind(cond, guidance, latent_size(first), mode)
+        if first.thresholding_ratio is None:
+            return denoise
+        return thresholded(
             denoise,
-            noise() * np.float32(initial_scale(levels[0])),
-            levels,
-            noise=noise,
-            observe=observe,
-            **{option: getattr(first, option) for option in SAMPLER_OPTIONS},
+            ratio=first.thresholding_ratio,
+            maximum=first.thresholding_maximum or 1.0,
         )
 
     def _mode(self, guider: str) -> Mode:
+        """Choose the step graph. A consistency model embeds its scale where it can.
+
+        Under `VanillaCFG` it is guided like any other, without the embedding: the
+        reference's way.
+        """
         if guider == "VanillaCFG":
             return "guided"
         if guider == "IdentityGuider":
@@ -272,19 +271,9 @@ class Pipeline:
         )
 
 
-def filled(count: int, batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """Yield rows for full batches, the last one repeated, and how many are valid."""
-    for start in range(0, count, batch_size):
-        rows = list(range(start, min(start + batch_size, count)))
-        yield rows + rows[-1:] * (batch_size - len(rows)), len(rows)
-
-
-def noise_of(
-    pictures: Sequence[Picture], kind: str, shape: tuple[int, ...]
-) -> Callable[[], np.ndarray]:
-    """Draw a batch's noise, each picture's from its own stream, which goes on."""
-    streams = [NoiseStream(kind, picture.seed) for picture in pictures]
-    return lambda: np.concatenate([stream.draw(shape) for stream in streams])
+def latent_size(picture: Picture) -> tuple[int, int]:
+    """Give height and width of a picture's latents."""
+    return picture.height // VAE_FACTOR, picture.width // VAE_FACTOR
 
 
 def to_pixels(images: np.ndarray) -> np.ndarray:

@@ -80,6 +80,11 @@ class Case:
     crop_left: int = 0
     target_width: int = 2300
     target_height: int = 1024
+    strength: float | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
+    thresholding_ratio: float | None = None
+    thresholding_maximum: float | None = None
 
 
 def cases(geometry: str) -> list[Case]:

@@ -111,16 +111,16 @@ def test_every_size_reaches_the_conditioning_vector_in_its_place(pipeline_of):
 def test_texts_seen_before_are_not_encoded_again(pipeline_of, monkeypatch):
     pipeline, pictures = pipeline_of("tiny"), quick()
     first = pipeline.encode(pictures, BATCH)
-    monkeypatch.setattr(pipeline, "_run_encoders", None)
+    monkeypatch.setattr(pipeline.texts, "_run", None)
     second = pipeline.encode(pictures, BATCH)
 
     np.testing.assert_array_equal(first.context, second.context)
 
 
-def test_an_encoded_picture_decodes_to_latents_of_the_networks_scale(pipeline_of):
+def test_an_encoded_picture_has_latents_of_the_networks_scale(pipeline_of):
     pipeline = pipeline_of("tiny")
     pixels = pixels_of(pipeline, quick())
-    mean, deviation = pipeline.encode_images(pixels, BATCH)
+    mean, deviation = pipeline.posterior(pixels, BATCH)
 
     assert mean.shape == deviation.shape == (3, 4, 16, 16)
     assert (deviation > 0).all()
