@@ -132,7 +132,7 @@ def test_a_signal_finishes_the_batches_in_flight_and_can_be_resumed(job):
     workers = workers_of(process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     time.sleep(0.3)
-    assert all(worker.is_running() for worker in workers)  # they finish what they have
+    assert any(worker.is_running() for worker in workers)  # it finishes what it has
     job.gate.touch()
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
