@@ -108,7 +108,7 @@ def from_latents(pictures: Sequence[Picture], kind: str, init: np.ndarray) -> St
 def noised(
     latents: np.ndarray, levels: np.ndarray, streams: Sequence[NoiseStream]
 ) -> Start:
-    """Add the first level's noise to latents (n, 4, h, w) (SDEdit, Meng et al. 2021)."""
+    """Add the first level's noise to latents (n, 4, h, w): SDEdit, Meng et al. 2021."""
     x = latents + draw(streams, latents.shape[1:]) * np.float32(levels[0])
     return Start(x=x, levels=levels, streams=streams)
 

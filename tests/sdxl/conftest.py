@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.golden.networks_cases import CONSISTENCY, GEOMETRIES
+from tests.golden.networks_cases import GEOMETRIES
+from tests.golden.pipelines_cases import MODELS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -26,7 +27,7 @@ def pipeline_of() -> Callable:
     @cache
     def build(geometry: str, precision: str = "fp32") -> Pipeline:
         set_up("CPU")
-        config = (GEOMETRIES | {"consistency": CONSISTENCY})[geometry]
+        config = (GEOMETRIES | MODELS)[geometry]
         model = SDXL(config, precision)
         load_into(model, RandomCheckpoint(config), "")
         graphs = Graphs(precision=precision, jit_level="O2", device_target="CPU")
