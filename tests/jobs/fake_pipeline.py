@@ -73,3 +73,6 @@ def _misbehave(prompt):
         elif action == "kill-once" and not Path(value).exists():
             Path(value).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        elif action == "stop-once" and not Path(value).exists():
+            Path(value).touch()
+            os.kill(os.getpid(), signal.SIGSTOP)

@@ -6,7 +6,7 @@ the pool look at: processes, pipes and their death.
 
 from fake_pipeline import FakePipeline
 
-from jobs import run
+from jobs import run, store
 from jobs.worker import Worker
 
 
@@ -15,6 +15,7 @@ class InlinePool:
 
     def __init__(self, specs, shards, observer, stop):
         self._shards = shards
+        self._unmerged = []
         self._observer = observer
         spec = specs[0]
         info = {"mindspore_version": None}
@@ -33,6 +34,10 @@ class InlinePool:
             self._observer.batch_made(content["made"], content["failed"])
         elif kind == "part":
             self._observer.committed([status for _, status in content["done"]])
+            self._unmerged.append(content["name"])
+            if len(self._unmerged) >= store.MERGE_AT:
+                self._worker._store.merge(self._unmerged)
+                self._unmerged.clear()
 
 
 def install(monkeypatch):
