@@ -7,9 +7,9 @@ step is put on the device once, with `on_device`.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import mindspore as ms
@@ -24,14 +24,19 @@ Input = np.ndarray | Tensor
 def set_up(device_target: str, device_id: int = 0, threads: int | None = None) -> None:
     """Choose device and graph mode for this process; call it before building a network.
 
-    `threads` bounds the threads that CPU kernels use. It holds for the process and only
-    before MindSpore's first kernel.
+    `threads` bounds the threads of CPU kernels, to two at the least: MindSpore always
+    has a dispatching and a working one. It can be given once a process.
     """
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        ms.set_context(runtime_num_threads=threads)
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device(device_target, device_id)
+    if threads is not None:
+        bound_threads(threads)
+
+
+@cache
+def bound_threads(threads: int) -> None:
+    """Tell MindSpore, which refuses to be told twice."""
+    ms.device_context.cpu.op_tuning.threads_num(threads)
 
 
 def on_device(array: np.ndarray) -> Tensor:

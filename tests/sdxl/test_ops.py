@@ -1,0 +1,131 @@
+"""The forms that differ by device: exact where they run, present where they cannot."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from tests.golden.networks_cases import normals, unet_inputs
+
+SELF_ATTENTIONS = 17  # of the preset tiny: levels 2 + 4, middle 2, levels 6 + 3
+
+
+def run(function, *arrays):
+    """Run a function of tensors as a compiled graph."""
+    from mindspore import nn
+
+    from sdxl.graphs import Graphs, set_up
+
+    set_up("CPU")
+
+    class Cell(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.function = function
+
+        def construct(self, *tensors):
+            return self.function(*tensors)
+
+    graphs = Graphs(precision="fp32", jit_level="O2", device_target="CPU")
+    return graphs.run("test", Cell, *arrays)
+
+
+def test_gelu_is_exact_not_its_tanh_approximation():
+    from math import erf, sqrt
+
+    from sdxl import ops
+
+    x = np.linspace(-6, 6, 4001, dtype=np.float32)
+    exact = np.array([v * (1 + erf(v / sqrt(2))) / 2 for v in x.astype(float)])
+
+    assert np.abs(run(ops.gelu, x) - exact).max() < 5e-7
+
+
+@pytest.mark.parametrize("groups", [1, 8, 32])
+def test_group_norm_equals_its_definition_in_every_image(groups):
+    from sdxl import ops
+
+    x = 3 * normals("x", (3, 64, 5, 7)) + 20
+    gamma, beta = normals("gamma", (64,)), normals("beta", (64,))
+    parts = x.astype(np.float64).reshape(3, groups, -1)
+    parts = parts - parts.mean(-1, keepdims=True)
+    parts /= np.sqrt((parts**2).mean(-1, keepdims=True) + 1e-5)
+    expected = parts.reshape(x.shape) * gamma[:, None, None] + beta[:, None, None]
+
+    first = run(ops.GroupNormalize(groups, 1e-5), x, gamma, beta)
+    again = run(ops.GroupNormalize(groups, 1e-5), x, gamma, beta)
+
+    assert np.abs(first - expected).max() < 5e-5
+    np.testing.assert_array_equal(first, again)
+
+
+def test_attention_in_slices_equals_attention_at_once(monkeypatch):
+    from sdxl import ops
+
+    q, k, v = (normals(name, (2, 64, 48)) for name in "qkv")
+    at_once = run(ops.Attention(3, 16), q, k, v)
+    monkeypatch.setattr(ops, "MAX_SCORES", 2 * 3 * 64 * 64 // 8)
+    sliced = run(ops.Attention(3, 16), q, k, v)
+
+    def heads(x):
+        return x.reshape(2, 64, 3, 16).transpose(0, 2, 1, 3).astype(np.float64)
+
+    scores = np.exp(heads(q) @ heads(k).swapaxes(2, 3) / 4)
+    expected = scores / scores.sum(-1, keepdims=True) @ heads(v)
+    expected = expected.transpose(0, 2, 1, 3).reshape(2, 64, 48)
+    assert ops.slices_of(2 * 3 * 64 * 64, 64) == 8
+    assert np.abs(at_once - expected).max() < 2e-6
+    assert np.abs(sliced - expected).max() < 2e-6
+
+
+def test_upsampling_repeats_rows_and_columns():
+    from sdxl import ops
+
+    x = normals("x", (2, 3, 4, 5))
+
+    np.testing.assert_array_equal(
+        run(ops.upsample_nearest, x), x.repeat(2, axis=2).repeat(2, axis=3)
+    )
+
+
+def test_on_ascend_the_step_uses_flash_attention_for_every_self_attention(
+    monkeypatch, tmp_path
+):
+    """Export the graph as for Ascend, which needs no card, and count its nodes."""
+    from sdxl import ops
+
+    monkeypatch.setattr(ops, "on_ascend", lambda: True)
+    nodes = exported_nodes(tmp_path / "step")
+
+    assert nodes["FlashAttentionScore"] == SELF_ATTENTIONS
+    assert nodes["Softmax"] == SELF_ATTENTIONS  # the cross-attentions
+    assert nodes["GroupNorm"] > 40
+    assert nodes["BatchNorm"] == 0
+
+
+def exported_nodes(path):
+    import mindspore as ms
+    from mindspore.train.mind_ir_pb2 import ModelProto
+
+    from sdxl.config import TINY
+    from sdxl.denoiser import Step
+    from sdxl.graphs import on_device, set_up
+    from sdxl.model import SDXL
+    from sdxl.random_weights import RandomCheckpoint
+    from sdxl.weights import load_into
+
+    set_up("CPU")
+    model = SDXL(TINY, "fp16")
+    load_into(model, RandomCheckpoint(TINY), "")
+    x, ones = unet_inputs(TINY, (16, 16))["x"][:1], np.ones(1, np.float32)
+    context = np.zeros((2, 77, TINY.unet.context_dim), np.float16)
+    vector = np.zeros((2, TINY.unet.adm_in_channels), np.float16)
+    step = Step(model.model.diffusion_model, "guided").set_train(False)
+    inputs = [on_device(a) for a in (x, *[ones] * 5, context, vector)]
+    ms.export(step, *inputs, file_name=str(path), file_format="MINDIR")
+
+    proto = ModelProto()
+    proto.ParseFromString(path.with_suffix(".mindir").read_bytes())
+    graphs = [proto.graph, *proto.functions]
+    types = [node.op_type for graph in graphs for node in graph.node]
+    return Counter(t.rpartition("::")[2].partition(":")[0] for t in types)
