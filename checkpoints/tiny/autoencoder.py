@@ -44,11 +44,40 @@ def train_vae(
     return whiten(vae)
 
 
-def load_vae(work: Path) -> AutoencoderKL:
-    """Return the trained autoencoder of `work`, whitened."""
+def train_decoder(
+    work: Path, *, steps: int, rate: float = 5e-4, **running: object
+) -> AutoencoderKL:
+    """Train the decoder on alone: latents, and what learned from them, stay valid."""
+    torch.manual_seed(6)
+    vae = whitened(work)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(requires_grad=False)
+    stage = Stage(
+        vae,
+        vae_loss(vae, steps),
+        steps=steps,
+        rate=rate,
+        threads=PARTS,
+        state_file=work / "decoder.pt",
+    )
+    run_stage(stage, **running)
+    return vae
+
+
+def whitened(work: Path) -> AutoencoderKL:
+    """Return the autoencoder that the stage `vae` left in `work`, whitened."""
     vae = make_vae()
     load_average(work / "vae.pt", vae)
     return whiten(vae)
+
+
+def load_vae(work: Path) -> AutoencoderKL:
+    """Return the trained autoencoder of `work`, with its later decoder if any."""
+    if not (work / "decoder.pt").exists():
+        return whitened(work)
+    vae = make_vae()
+    load_average(work / "decoder.pt", vae)
+    return vae
 
 
 def vae_loss(vae: AutoencoderKL, steps: int) -> LossOf:

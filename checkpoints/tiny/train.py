@@ -1,6 +1,7 @@
 """Train the small SDXL, stage by stage; every stage goes on from where it stopped.
 
     python checkpoints/tiny/train.py vae      --work FOLDER   # the autoencoder
+    python checkpoints/tiny/train.py decoder  --work FOLDER   # its decoder alone
     python checkpoints/tiny/train.py language --work FOLDER   # what captions say
     python checkpoints/tiny/train.py latents  --work FOLDER   # drawings, encoded
     python checkpoints/tiny/train.py base     --work FOLDER   # denoiser and encoders
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import click
 import torch
-from autoencoder import load_vae, train_vae
+from autoencoder import load_vae, train_decoder, train_vae
 from consistency import load_lcm, train_lcm
 from denoising import load_base, train_base
 from language import train_language
@@ -56,6 +57,15 @@ def vae(work: Path, steps: int) -> None:
     """Train the autoencoder."""
     work.mkdir(parents=True, exist_ok=True)
     train_vae(work, steps=steps, say=_say)
+
+
+@main.command()
+@_options
+@click.option("--steps", default=3000, show_default=True)
+@click.option("--minutes", type=float, help="Stop after so long (resumable).")
+def decoder(work: Path, steps: int, minutes: float | None) -> None:
+    """Train the decoder on, for the same latents."""
+    train_decoder(work, steps=steps, stop_at=_in(minutes), say=_say)
 
 
 @main.command()

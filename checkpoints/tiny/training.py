@@ -60,7 +60,7 @@ class Stage:
         state_file: Path,
         groups: list[dict] | None = None,
         threads: int = 1,
-        decay: float = 0.999,
+        decay: float = 0.998,
     ) -> None:
         torch.set_num_threads(1)
         self.nets, self.loss_of, self.steps = nets, loss_of, steps
