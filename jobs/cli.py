@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -308,6 +309,8 @@ def inspect(path: Path, as_json: bool, preset: str | None) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: the one place where errors become lines and exit codes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold what it can't show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         cli.main(args=arguments, prog_name="sdxl-jobs", standalone_mode=False)
     except click.exceptions.Exit as done:

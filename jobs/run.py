@@ -127,7 +127,17 @@ def run(
         return _run(order, pipeline, retry)
 
 
+def _refuse_odd_names(*paths: str | Path | None) -> None:
+    """Parquet opens no path that is not UTF-8: better said now than after the work."""
+    for path in paths:
+        try:
+            str(Path(path or ".").absolute()).encode("utf-8")
+        except UnicodeEncodeError:
+            raise JobError(f"{path}: the path is not UTF-8") from None
+
+
 def _run(order: Order, pipeline: str, retry: Retry | None) -> Summary:
+    _refuse_odd_names(order.manifest, order.output, order.config.model.checkpoint)
     manifest = open_manifest(
         order.manifest, prompt_column=order.prompt_column, id_column=order.id_column
     )
@@ -243,6 +253,11 @@ class _Run:
     def _compare(self, fields: dict[str, Any]) -> None:
         """Refuse a folder that belongs to a job with other pixels."""
         if not self.store.job.exists():
+            if self.store.fingerprints() - {self.fingerprint}:
+                raise MismatchError(
+                    f"{self.store.root} holds another job's rows; its job.json is gone",
+                    hint="`sdxl-jobs verify --repair` restores it from its copy",
+                )
             return
         held = self.store.read_job()["fingerprint_fields"]
         different = [k for k in fields | held if fields.get(k) != held.get(k)]

@@ -21,6 +21,7 @@ import errno
 import io
 import json
 import os
+import re
 import stat
 import uuid
 import zipfile
@@ -40,6 +41,7 @@ from jobs.parts import CLASSES, STATUSES
 from jobs.records import SCHEMA_VERSION
 
 TEMPORARY = ".tmp-"
+_OURS = re.compile(r"\.tmp-[0-9a-f]{32}(\.parquet)?")
 MERGE_AT = 512
 REREADS = 10
 FOLDERS = ("images", "parts", "logs")
@@ -167,7 +169,8 @@ class Store:
                 make_folder(folder)
             for folder in (self.root, self.root / "parts", *inner):
                 for leftover in folder.glob(f"{TEMPORARY}*"):
-                    leftover.unlink(missing_ok=True)
+                    if _OURS.fullmatch(leftover.name):
+                        leftover.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(
                 f"can't write {error.filename or self.root}: {error.strerror}"
@@ -261,6 +264,14 @@ class Store:
 
         found = sorted((self.root / "parts").glob("*.parquet"), key=age)
         return [self.results, *found] if self.results.exists() else found
+
+    def fingerprints(self) -> set[str]:
+        """Read which jobs the rows are of: one, as a rule."""
+        found: set[str] = set()
+        for path in self.sources():
+            column = parts.read(path, ["job_fingerprint"])["job_fingerprint"]
+            found.update(word for word in column.unique().to_pylist() if word)
+        return found
 
     def index(self) -> Index:
         """Read which tasks have a row. A run may go on: its files come and go."""
