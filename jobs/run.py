@@ -26,7 +26,7 @@ from typing import Any
 import jobs
 from jobs import plan
 from jobs.config import JobConfig, Resolved, cores, fingerprint, from_dict, resolve
-from jobs.errors import ExitCode, MismatchError, OutputError
+from jobs.errors import ExitCode, JobError, MismatchError, OutputError
 from jobs.images import BYTES_PER_PIXEL
 from jobs.lock import FolderLock
 from jobs.manifest import Manifest, open_manifest
