@@ -1,6 +1,7 @@
 """Short ways to say what most tests of the runner need: a job, a command, its rows."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def order(manifest, output, checkpoint, *settings, workers=1, **options):
     config = load(
         None,
         [
-            f"model.checkpoint={checkpoint}",
+            f"model.checkpoint={json.dumps(str(checkpoint), ensure_ascii=False)}",
             f"runtime.workers={workers}",
             *SMALL,
             *settings,

@@ -72,16 +72,19 @@ def test_a_published_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_preparing_clears_what_a_killed_run_left_half_written(folder):
     (folder.root / "images" / "ab").mkdir()
     left = [
-        folder.root / ".tmp-1",
-        folder.root / "parts" / ".tmp-2",
-        folder.root / "images" / "ab" / ".tmp-3",
+        folder.root / f".tmp-{'0' * 32}.parquet",
+        folder.root / "parts" / f".tmp-{'1' * 32}",
+        folder.root / "images" / "ab" / f".tmp-{'a' * 32}",
     ]
-    kept = folder.root / "images" / "ab" / "picture.png"
-    for path in (*left, kept):
+    kept = [
+        folder.root / "images" / "ab" / "picture.png",
+        folder.root / ".tmp-of-someone-else",
+    ]
+    for path in (*left, *kept):
         path.write_text("x")
     folder.prepare()
     assert not any(path.exists() for path in left)
-    assert kept.exists()
+    assert all(path.exists() for path in kept)
     # A half-written part is no part: nothing of it counts as done.
     assert folder.sources() == []
 
