@@ -92,6 +92,7 @@ def resolved_again(order: Order, job: Mapping[str, Any]) -> Resolved:
         height=fields["sampling.height"],
         precision=fields["model.precision"],
         batch_size=order.config.runtime.batch_size,
+        jit_level=order.config.runtime.jit_level,
         init_folder=order.manifest.parent,
     )
 

@@ -40,6 +40,7 @@ LEASES_AHEAD = 2
 MAX_LOSSES = 5
 MAX_BLAMED = 20
 BACK_OFF_SECONDS = 1.0
+MAX_BACK_OFF_SECONDS = 30.0
 FIRST_CALL_SECONDS = 3600.0
 SILENT_SECONDS = 300.0
 SILENT_IN_CALL_SECONDS = 3600.0
@@ -355,11 +356,11 @@ class Pool:
         reason = slot.reason or _death(code)
         self._observer.say(f"worker {slot.spec.name} is lost: {reason}")
         if self._hand_on(slot, reason):
-            slot.blamed += 1  # the task's fault, unless it is every task's
+            slot.blamed += 1  # perhaps the task's fault, unless it is every task's
         else:
             slot.losses += 1
-        wait_for = BACK_OFF_SECONDS * 2 ** max(0, slot.losses - 1)
-        slot.start_at = time.monotonic() + wait_for
+        back_off = BACK_OFF_SECONDS * 2 ** (slot.losses + slot.blamed - 1)
+        slot.start_at = time.monotonic() + min(back_off, MAX_BACK_OFF_SECONDS)
         hopeless = (
             slot.losses >= MAX_LOSSES
             or slot.blamed >= MAX_BLAMED
@@ -382,12 +383,12 @@ class Pool:
                 self._on_part(slot, path.stem, self._store.part_ids(path))
 
     def _hand_on(self, slot: Slot, reason: str) -> bool:
-        """Give back what a dead worker had leased; tell whether a task was given up."""
+        """Give back what a dead worker had leased; tell whether it had begun any."""
         begun = [t for t in slot.pending.values() if t.image_id in slot.begun]
         begun = [dataclasses.replace(t, attempts=t.attempts + 1) for t in begun]
         rest = [t for t in slot.pending.values() if t.image_id not in slot.begun]
-        gives_up = len(begun) == 1 and begun[0].tries >= slot.spec.max_attempts
-        if gives_up:
+        suspect = bool(begun)
+        if len(begun) == 1 and begun[0].tries >= slot.spec.max_attempts:
             self._fail(slot, begun, reason)
             begun = []
         alone = any(task.tries > 1 for task in begun)
@@ -403,7 +404,7 @@ class Pool:
         slot.begun.clear()
         slot.leases.clear()
         slot.careful = False
-        return gives_up
+        return suspect
 
     def _new_number(self) -> int:
         self._lost_parts += 1

@@ -52,7 +52,11 @@ def replay(
     job = store.read_job()
     order = Order.stored(store)
     row = find_row(store, image_id)
-    resolved = replace(resolved_again(order, job), batch_size=row["batch_size"])
+    resolved = replace(
+        resolved_again(order, job),
+        batch_size=row["batch_size"],
+        device_target=row["device_target"],
+    )
     model = open_model(order.config.model)
     if model.sha256 != row["model_sha256"]:
         raise ModelError(

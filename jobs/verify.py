@@ -34,6 +34,7 @@ from jobs.parts import STATUSES
 from jobs.progress import tracked
 from jobs.records import RESULT_COLUMNS, image_path
 from jobs.run import Order
+from jobs.settings import MAX_SIDE
 from jobs.store import FOLDERS, TEMPORARY, Store
 
 Row = dict[str, Any]
@@ -226,12 +227,27 @@ class Inspection:
         if wrong is None and path.stat().st_size != row["image_bytes"]:
             found = path.stat().st_size
             wrong = f"has {found} bytes where its row has {row['image_bytes']}"
-        if wrong or not thorough:
-            return wrong
         try:
+            wrong = wrong or self._check_base(row, extension, thorough)
+            if wrong or not thorough:
+                return wrong
             return _differs(path.read_bytes(), row)
         except OSError as error:
             return f"can't be read: {error.strerror or error}"
+
+    def _check_base(self, row: Row, extension: str, thorough: bool) -> str | None:
+        """Look at the base's picture, where it was kept; the row has no hash of it."""
+        named = row["base_image_path"]
+        if named is None:
+            return None
+        if named != image_path(row["image_id"], extension, "-base"):
+            return "its row names another path for the base's picture"
+        path = self._store.root / named
+        wrong = _not_plain(path)
+        if wrong is None and thorough:
+            pixels = _pixels(path.read_bytes())
+            wrong = pixels if isinstance(pixels, str) else None
+        return wrong and f"the base's picture {wrong}"
 
     # Books ----------------------------------------------------------------------------
 
@@ -331,14 +347,25 @@ def _differs(data: bytes, row: Row) -> str | None:
     """Hold an image file's bytes, size and pixels to its row."""
     if hashlib.sha256(data).hexdigest() != row["image_sha256"]:
         return "is changed: its SHA-256 is not its row's"
+    pixels = _pixels(data)
+    if isinstance(pixels, str):
+        return pixels
+    if pixels.shape[:2] != (row["height"], row["width"]):
+        return "its row has another size"
+    if images.pixel_sha256(pixels) != row["pixel_sha256"]:
+        return "its row has other pixels"
+    return None
+
+
+def _pixels(data: bytes) -> np.ndarray | str:
+    """Decode an image file, or say why it can't be; its claims are not believed."""
     try:
-        if images.size(data) != (row["width"], row["height"]):
-            return "its row has another size"
-        if images.pixel_sha256(images.decode(data)) != row["pixel_sha256"]:
-            return "its row has other pixels"
+        width, height = images.size(data)
+        if max(width, height) > MAX_SIDE:
+            return f"claims to be {width}x{height} pixels"
+        return images.decode(data)
     except Exception as error:  # what a decoder raises has no common root
         return f"can't be decoded: {printable(str(error))}"
-    return None
 
 
 def _ahead(
