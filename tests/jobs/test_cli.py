@@ -18,7 +18,7 @@ from jobs_shared import (
     write_csv,
 )
 
-from jobs import cli, run
+from jobs import cli, run, settings
 from jobs.cli import main
 
 
@@ -85,6 +85,15 @@ def test_every_documented_command_line_parses(line):
     bare = re.sub(r"\[[^\]]*\]", "", usual)
     for choice in ["", *(word for words in optional for word in words.split(" | "))]:
         parse(f"{bare} {choice}")
+
+
+def test_the_readme_names_every_command_and_every_setting_of_a_row():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path, _ in commands():
+        assert f"sdxl-jobs {' '.join(path)}" in text, path
+    table = text[text.index("## The manifest") : text.index("## The results")]
+    missing = {name for name in settings.parsers() if f"`{name}`" not in table}
+    assert not missing
 
 
 @pytest.mark.parametrize(
