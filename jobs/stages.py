@@ -106,11 +106,10 @@ def pipeline_options(resolved: Resolved, threads: int) -> dict[str, Any]:
         "device_target": resolved.device_target,
         "noise": resolved.sampling.noise,
         "threads": threads,
+        "loras": [(Path(lora.path), lora.scale) for lora in model.loras],
+        "scaling": model.scaling,
+        "quantize_sigma": model.quantize_sigma,
     }
-    if model.loras:
-        options["loras"] = [(Path(lora.path), lora.scale) for lora in model.loras]
-    if (model.scaling, model.quantize_sigma) != ("EpsScaling", True):
-        options |= {"scaling": model.scaling, "quantize_sigma": model.quantize_sigma}
     if refiner:
         options |= {
             "refiner_checkpoint": Path(str(refiner.checkpoint)),
