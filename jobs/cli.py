@@ -435,13 +435,14 @@ def _report_bug(error: Exception, arguments: list[str] | None) -> None:
     log = _folder_of(words) / "log.txt"
     text = "".join(traceback.format_exception(error))
     try:
-        with log.open("a", encoding="utf-8") as file:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with os.fdopen(os.open(log, flags, 0o644), "a", encoding="utf-8") as file:
             file.write(
                 f"sdxl-jobs {__version__} {' '.join(map(repr, words))}\n{text}\n"
             )
         place = f"the trace is in {log}"
     except OSError:
-        place = text
+        place = "\n".join(printable(line, 500) for line in text.splitlines())
     line = printable(f"{type(error).__name__}: {error}", 500)
     click.echo(f"bug: {line}\nhint: please report it; {place}", err=True)
 

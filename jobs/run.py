@@ -58,14 +58,20 @@ class Order:
     def stored(cls, store: Store) -> Order:
         """Read back the order that a folder was started with."""
         asked = store.read_job()["asked"]
-        return cls(
-            config=from_dict(asked["config"]),
-            manifest=Path(asked["manifest"]),
-            output=store.root,
-            limit=asked["limit"],
-            prompt_column=asked["prompt_column"],
-            id_column=asked["id_column"],
-        )
+        try:
+            return cls(
+                config=from_dict(asked["config"]),
+                manifest=Path(asked["manifest"]),
+                output=store.root,
+                limit=asked["limit"],
+                prompt_column=asked["prompt_column"],
+                id_column=asked["id_column"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise OutputError(
+                f"{store.job} does not say what was asked for: {error!r}",
+                hint="start again with the same `run` command",
+            ) from None
 
     def as_dict(self) -> dict[str, Any]:
         tree = self.config.as_dict()
