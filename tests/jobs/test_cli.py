@@ -236,6 +236,19 @@ def test_plan_says_what_a_manifest_asks_for(sdxl_jobs, tmp_path, checkpoint):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_real_manifest_is_planned_without_its_checkpoint(sdxl_jobs):
+    words = ["plan", ROOT / "tests" / "data" / "parti_prompts.tsv"]
+    words += ["--prompt-column", "Prompt", "--config", ROOT / "configs" / "base.yaml"]
+    code, out, err = sdxl_jobs(*words, "--json")
+    report = json.loads(out)
+    assert (code, err) == (0, "")
+    assert report["requests"] == report["tasks"] == 1_632
+    assert report["graphs"] == [
+        {"width": 1024, "height": 1024, "guider": "VanillaCFG", "tasks": 1_632}
+    ]
+    assert report["passes_through"] == ["Category", "Challenge", "Note"]
+
+
 def test_a_run_prints_the_results_path_on_stdout_and_talks_on_stderr(
     sdxl_jobs, tmp_path, checkpoint
 ):

@@ -6,37 +6,12 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from jobs_shared import (
-    FAKE,
-    numbered,
-    order,
-    pixels_of,
-    rows_of,
-    run_job,
-    write_csv,
-)
+from jobs_shared import numbered, pixels_of, rows_of, run_job, write_csv
 
-from jobs import images, pool
-from jobs.errors import ExitCode, ManifestError, MismatchError, ModelError, WorkerError
+from jobs import images
+from jobs.errors import ExitCode, ManifestError, ModelError, WorkerError
 from jobs.records import RESULT_COLUMNS
-from jobs.run import run
 from jobs.status import describe, read_status
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(pool, "BACK_OFF_SECONDS", 0.01)
-
-
-@pytest.fixture
-def job(tmp_path, checkpoint):
-    """Give a function that runs rows as a job: job(rows, *settings) -> summary."""
-
-    def run_rows(rows, *settings, name="out", columns=("id", "prompt"), **options):
-        manifest = write_csv(tmp_path / "m.csv", rows, columns)
-        return run_job(manifest, tmp_path / name, checkpoint, *settings, **options)
-
-    return run_rows
 
 
 def by_id(folder, *columns):
@@ -44,7 +19,7 @@ def by_id(folder, *columns):
 
 
 def test_any_number_of_workers_gives_the_same_pixels_and_one_compilation_each(
-    job, tmp_path
+    run_rows, tmp_path
 ):
     rows = [
         (f"r{i}", f"p{i}", 3 if i == 4 else None, 128 if i % 5 == 0 else None)
@@ -52,7 +27,7 @@ def test_any_number_of_workers_gives_the_same_pixels_and_one_compilation_each(
     ]
     columns = ("id", "prompt", "num_images", "width")
     for workers in (1, 3):
-        summary = job(
+        summary = run_rows(
             rows,
             "runtime.batch_size=4",
             columns=columns,
@@ -67,10 +42,10 @@ def test_any_number_of_workers_gives_the_same_pixels_and_one_compilation_each(
     assert len(pixels_of(tmp_path / "w1")) == 24
 
 
-def test_a_result_row_tells_all_that_the_contract_names(job, tmp_path):
+def test_a_result_row_tells_all_that_the_contract_names(run_rows, tmp_path):
     rows = [("a", "one two", "ugly", 5, "x"), ("b", "three", None, None, None)]
     columns = ("id", "prompt", "negative_prompt", "seed", "note")
-    job(rows, "runtime.batch_size=4", "output.format=webp", columns=columns)
+    run_rows(rows, "runtime.batch_size=4", "output.format=webp", columns=columns)
     out = tmp_path / "out"
     first, second = rows_of(out)
     assert [*first] == [*RESULT_COLUMNS, "note"]
@@ -123,10 +98,10 @@ def test_a_result_row_tells_all_that_the_contract_names(job, tmp_path):
     assert first["model_sha256"] == job_file["model"]["sha256"]
 
 
-def test_results_are_in_the_manifests_order_with_its_metadata(job, tmp_path):
+def test_results_are_in_the_manifests_order_with_its_metadata(run_rows, tmp_path):
     rows = [(f"r{i}", f"p{i}", 2, 64 + 64 * (i % 2)) for i in range(9)]
     columns = ("id", "prompt", "num_images", "width")
-    job(rows, "output.commit_every=1", columns=columns, workers=2)
+    run_rows(rows, "output.commit_every=1", columns=columns, workers=2)
     places = [
         (row["source_row"], row["image_index"]) for row in rows_of(tmp_path / "out")
     ]
@@ -141,7 +116,7 @@ def test_results_are_in_the_manifests_order_with_its_metadata(job, tmp_path):
     assert not (tmp_path / "out" / "lock").exists()
 
 
-def test_a_task_that_fails_fails_alone(job, tmp_path):
+def test_a_task_that_fails_fails_alone(run_rows, tmp_path):
     rows = [
         ("a", "fine"),
         ("b", "raise=boom"),
@@ -151,7 +126,7 @@ def test_a_task_that_fails_fails_alone(job, tmp_path):
         ("f", "raise=out-of-memory"),
         ("g", None),
     ]
-    summary = job(rows, "runtime.batch_size=4", workers=1)
+    summary = run_rows(rows, "runtime.batch_size=4", workers=1)
     assert summary.counts == {"ok": 2, "failed": 4, "invalid": 1}
     assert summary.exit_code == ExitCode.PARTIAL
     found = by_id(tmp_path / "out")
@@ -169,17 +144,17 @@ def test_a_task_that_fails_fails_alone(job, tmp_path):
     files = [p for p in (tmp_path / "out" / "images").rglob("*") if p.is_file()]
     assert len(files) == 2
     # Made with their batch or alone after a split, the neighbours are the same.
-    job([rows[0], rows[4]], name="clean")
+    run_rows([rows[0], rows[4]], name="clean")
     clean = by_id(tmp_path / "clean")
     for name in "ae":
         assert found[name]["pixel_sha256"] == clean[name]["pixel_sha256"]
 
 
 def test_a_task_that_kills_its_worker_is_found_and_its_neighbours_are_made(
-    job, tmp_path
+    run_rows, tmp_path
 ):
     rows = [*numbered(3), ("bad", "kill-worker"), *[(f"s{i}", "x") for i in range(4)]]
-    summary = job(rows, "runtime.batch_size=4", workers=1)
+    summary = run_rows(rows, "runtime.batch_size=4", workers=1)
     assert summary.counts == {"ok": 7, "failed": 1, "invalid": 0}
     assert summary.made == 7
     found = by_id(tmp_path / "out")["bad"]
@@ -189,10 +164,10 @@ def test_a_task_that_kills_its_worker_is_found_and_its_neighbours_are_made(
     assert found["run_id"]
 
 
-def test_a_worker_that_dies_once_costs_no_task(job, tmp_path):
+def test_a_worker_that_dies_once_costs_no_task(run_rows, tmp_path):
     marker = tmp_path / "died"
     rows = [*numbered(6), ("k", f"kill-once={marker}"), ("z", "last")]
-    summary = job(rows, "output.commit_every=1", workers=2)
+    summary = run_rows(rows, "output.commit_every=1", workers=2)
     assert marker.exists()
     assert summary.counts == {"ok": 8, "failed": 0, "invalid": 0}
     assert summary.made == 8
@@ -207,92 +182,6 @@ def test_workers_that_can_not_start_end_the_run_with_their_reason(tmp_path, chec
     assert not (tmp_path / "out" / "lock").exists()
     # Nothing was spoilt: with a device that works the same folder goes on.
     assert run_job(manifest, tmp_path / "out", checkpoint).made == 3
-
-
-def test_a_second_run_makes_nothing_and_starts_no_worker(job, tmp_path, monkeypatch):
-    rows = [*numbered(3), ("bad", "raise=x"), ("none", None)]
-    before = job(rows)
-    stored = rows_of(tmp_path / "out", "image_id", "pixel_sha256", "attempts")
-
-    def forbidden(*_):
-        raise AssertionError("a worker was started")
-
-    monkeypatch.setattr(pool.Pool, "run", forbidden)
-    again = job(rows)
-    assert again.made == 0
-    assert again.counts == before.counts
-    assert again.exit_code == ExitCode.PARTIAL
-    names = ("image_id", "pixel_sha256", "attempts")
-    assert rows_of(tmp_path / "out", *names) == stored
-
-
-def test_other_settings_are_refused_by_name(job, tmp_path):
-    job(numbered(2))
-    with pytest.raises(MismatchError) as caught:
-        job(numbered(2), "sampling.guidance_scale=7")
-    assert "sampling.guidance_scale: `5.0` there, `7.0` asked" in str(caught.value)
-    assert "sampling.steps" not in str(caught.value)
-    # What changes no pixels may change.
-    assert job(numbered(2), "runtime.batch_size=2", workers=2).made == 0
-
-
-def test_another_checkpoint_is_refused(job, tmp_path, checkpoint):
-    from sdxl.config import PRESETS
-    from sdxl.random_weights import write_random
-
-    job(numbered(1))
-    other = tmp_path / "other.safetensors"
-    write_random(other, PRESETS["tiny"], "fp16", seed=1)
-    with pytest.raises(MismatchError, match="checkpoint"):
-        run_job(tmp_path / "m.csv", tmp_path / "out", other)
-
-
-def test_appended_rows_are_made_and_the_others_are_not(job, tmp_path):
-    job(numbered(3), columns=("id", "prompt"))
-    first = pixels_of(tmp_path / "out")
-    summary = job(numbered(5))
-    assert summary.made == 2
-    assert summary.counts["ok"] == 5
-    assert first.items() <= pixels_of(tmp_path / "out").items()
-
-
-def test_changed_and_removed_rows_are_refused(job, tmp_path):
-    rows = [("none", None), *numbered(4)]  # an invalid row first: places still hold
-    job(rows)
-    changed = [*rows]
-    changed[3] = ("r2", "another prompt")
-    with pytest.raises(MismatchError, match=r"1 rows? .* changed .*m\.csv line 5"):
-        job(changed)
-    with pytest.raises(MismatchError, match=r"1 rows? .* gone"):
-        job(rows[:-1])
-    assert job(rows).made == 0
-
-
-def test_a_limit_makes_the_first_rows_and_later_the_rest(job, tmp_path):
-    rows = [*numbered(4), ("none", None), ("last", "p")]
-    assert job(rows, limit=2).counts == {"ok": 2, "failed": 0, "invalid": 0}
-    assert job(rows, limit=3).made == 1
-    assert job(rows).counts == {"ok": 5, "failed": 0, "invalid": 1}
-    # A smaller limit later takes nothing away.
-    assert job(rows, limit=1).counts == {"ok": 5, "failed": 0, "invalid": 1}
-    assert len(rows_of(tmp_path / "out")) == 6
-
-
-def test_an_invalid_row_that_was_mended_is_made_and_its_old_row_is_gone(job, tmp_path):
-    columns = ("id", "prompt", "width")
-    rows = [("a", "p", 64), ("b", "q", 1000), ("c", None, 64)]
-    summary = job(rows, columns=columns)
-    assert summary.counts == {"ok": 1, "failed": 0, "invalid": 2}
-    rows[1] = ("b", "q", 128)
-    summary = job(rows, columns=columns)
-    assert summary.made == 1
-    assert summary.counts == {"ok": 2, "failed": 0, "invalid": 1}
-    found = rows_of(tmp_path / "out")
-    assert [(r["prompt_id"], r["status"]) for r in found] == [
-        ("a", "ok"),
-        ("b", "ok"),
-        ("c", "invalid"),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -319,20 +208,20 @@ def test_a_missing_checkpoint_leaves_no_folder(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_manifest_of_invalid_rows_alone_gives_their_rows(job, tmp_path):
-    summary = job([("a", None), ("a", None), ("../x", "p")])
+def test_a_manifest_of_invalid_rows_alone_gives_their_rows(run_rows, tmp_path):
+    summary = run_rows([("a", None), ("a", None), ("../x", "p")])
     assert summary.counts == {"ok": 0, "failed": 0, "invalid": 3}
     assert [row["status"] for row in rows_of(tmp_path / "out")] == ["invalid"] * 3
 
 
-def test_a_manifest_without_rows_gives_an_empty_table(job, tmp_path):
-    assert job([]).exit_code == ExitCode.OK
+def test_a_manifest_without_rows_gives_an_empty_table(run_rows, tmp_path):
+    assert run_rows([]).exit_code == ExitCode.OK
     assert rows_of(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_every_image_format_is_named_by_its_rows(job, tmp_path, kind):
-    job(numbered(1), f"output.format={kind}")
+def test_every_image_format_is_named_by_its_rows(run_rows, tmp_path, kind):
+    run_rows(numbered(1), f"output.format={kind}")
     (row,) = rows_of(tmp_path / "out")
     assert row["image_format"] == kind
     data = (tmp_path / "out" / row["image_path"]).read_bytes()
@@ -368,29 +257,9 @@ def test_columns_of_parquet_pass_through_with_their_types(tmp_path, checkpoint):
     assert found["cat"].to_pylist() == ["x", None]
 
 
-def test_a_job_goes_on_with_the_order_it_was_started_with(tmp_path, checkpoint):
-    from jobs.run import Order
-    from jobs.store import Store
-
-    manifest = write_csv(tmp_path / "m.csv", [("x", "p")], ("name", "Prompt"))
-    asked = order(
-        manifest,
-        tmp_path / "out",
-        checkpoint,
-        "sampling.steps=3",
-        prompt_column="Prompt",
-        id_column="name",
-    )
-    run(asked, pipeline=FAKE)
-    stored = Order.stored(Store(tmp_path / "out"))
-    assert stored.config == asked.config
-    assert (stored.prompt_column, stored.id_column) == ("Prompt", "name")
-    assert run(stored, pipeline=FAKE).made == 0
-
-
-def test_status_counts_what_the_rows_say(job, tmp_path):
+def test_status_counts_what_the_rows_say(run_rows, tmp_path):
     rows = [*numbered(3), ("bad", "raise=x"), ("none", None)]
-    job(rows, workers=2)
+    run_rows(rows, workers=2)
     report = read_status(tmp_path / "out")
     # Oracle: results.parquet, counted here.
     counted = Counter(row["status"] for row in rows_of(tmp_path / "out"))
