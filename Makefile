@@ -9,7 +9,7 @@ TINY := checkpoints/tiny/base.safetensors
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-full check lint format golden oracle clean distclean
+.PHONY: help soak fuzz million demo test test-slow test-full check lint format golden oracle clean distclean
 
 help:  ## Say what can be made (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,15 @@ test-slow: $(READY) $(TINY)  ## Run the tests that take long
 
 test-full: $(READY)  ## Run the full-size network once on the CPU (16 GB of memory, 7 GB of disk)
 	$(BIN)/python -m pytest -m full -s
+
+soak: $(READY)  ## Kill 200 jobs at bad moments and resume them (half an hour)
+	$(BIN)/python tests/jobs/soak.py --runs 200 --report docs/reliability.md
+
+fuzz: $(READY)  ## Feed 100,000 damaged files to every reader (minutes)
+	$(BIN)/python tests/jobs/fuzz.py --cases 100000 --report docs/reliability.md
+
+million: $(READY)  ## Run a job of a million tasks without a network (half an hour)
+	$(BIN)/python tests/jobs/million.py --report docs/reliability.md
 
 lint: $(READY)  ## Check style and formatting
 	$(BIN)/ruff check .

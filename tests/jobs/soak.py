@@ -252,12 +252,12 @@ def summary(outcomes, seed, seconds):
     return "\n".join(lines)
 
 
-def put_into(path, text):
+def put_into(path, text, start=START, end=END):
     """Replace what stands between the markers of a document."""
     document = path.read_text(encoding="utf-8")
-    before, _, rest = document.partition(START)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+    before, _, rest = document.partition(start)
+    _, _, after = rest.partition(end)
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def main():
