@@ -14,6 +14,7 @@ A call that fails is split in half until the task that breaks it stands alone.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -78,12 +79,16 @@ class WorkerSpec:
 
 def main(spec: WorkerSpec, pipe: Connection) -> None:
     """Run a worker until it is told to end. The process starts here."""
-    _settle(spec)
     outbox = Outbox(pipe)
+    try:
+        _settle(spec)
+    except OSError as error:  # not even its log can be opened
+        outbox.send("fatal", error=message_of(error))
+        return
     try:
         pipeline, info = _load(spec)
     except Exception as error:
-        traceback.print_exc()
+        _log_trace()
         outbox.send("failed", error=message_of(error))
         return
     outbox.send("ready", **info)
@@ -93,7 +98,7 @@ def main(spec: WorkerSpec, pipe: Connection) -> None:
     try:
         worker.run()
     except OSError as error:
-        traceback.print_exc()
+        _log_trace()
         outbox.send("fatal", error=message_of(error))
 
 
@@ -180,7 +185,7 @@ class Worker:
         try:
             return [self._call(tasks)]
         except Exception as error:
-            traceback.print_exc()
+            _log_trace()
             if len(tasks) > 1:
                 half = len(tasks) // 2
                 return self._attempt(tasks[:half]) + self._attempt(tasks[half:])
@@ -354,6 +359,12 @@ def _settle(spec: WorkerSpec) -> None:
     log = (spec.root / "logs" / f"{spec.name}.log").open("ab", buffering=0)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
+
+
+def _log_trace() -> None:
+    """Write the trace to the worker's log, which may lie on a full disk."""
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
 
 
 def _die_with_parent() -> None:

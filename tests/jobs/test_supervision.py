@@ -1,12 +1,13 @@
 """Workers that die, hang or fall silent: nothing waits for them, nothing is lost."""
 
+import sys
 import time
 from collections import Counter
 
 import pytest
 from jobs_shared import FAKE, numbered, order, rows_of, write_csv
 
-from jobs import pool, run
+from jobs import pool, run, worker
 from jobs.errors import WorkerError
 from jobs.pool import Slot, _overdue
 from jobs.records import ERROR_CLASSES
@@ -163,3 +164,33 @@ def test_back_off_doubles_with_each_loss(job, tmp_path, monkeypatch):
     rows = [("r0", "kill-worker"), ("r1", "kill-worker")]
     job(rows)
     assert 0.05 < waits[0] < 0.15 and 0.15 < waits[1] < 0.3
+
+
+def test_a_worker_that_can_not_open_its_log_says_why(monkeypatch):
+    def no_log(spec):
+        raise OSError(28, "No space left on device")
+
+    class Pipe:
+        def __init__(self):
+            self.sent = []
+
+        def send(self, message):
+            self.sent.append(message)
+
+    monkeypatch.setattr(worker, "_settle", no_log)
+    pipe = Pipe()
+    worker.main(None, pipe)
+    ((kind, content),) = pipe.sent
+    assert kind == "fatal" and "No space left" in content["error"]
+
+
+def test_a_full_disk_under_the_log_hides_no_reason(monkeypatch):
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    try:
+        raise ValueError("the reason")
+    except ValueError:
+        worker._log_trace()
