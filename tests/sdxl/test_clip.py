@@ -11,7 +11,7 @@ GEOMETRIES = ("tiny", "tall")
 @pytest.fixture(scope="module", params=GEOMETRIES)
 def encoded(request, pipeline_of):
     pipeline = pipeline_of(request.param)
-    return request.param, pipeline, pipeline._run_encoders(PROMPTS)
+    return request.param, pipeline, pipeline.texts._run(PROMPTS)
 
 
 def test_both_hidden_states_equal_the_penultimate_ones_of_transformers(
@@ -35,8 +35,8 @@ def test_the_pooled_vector_equals_the_projection_at_the_end_token(
 
 def test_a_text_is_encoded_alike_in_every_slot_beside_any_others(pipeline_of):
     pipeline = pipeline_of("tiny")
-    forth = pipeline._run_encoders(PROMPTS)
-    back = pipeline._run_encoders(PROMPTS[::-1])
+    forth = pipeline.texts._run(PROMPTS)
+    back = pipeline.texts._run(PROMPTS[::-1])
 
     for ours, theirs in zip(forth, back, strict=True):
         np.testing.assert_array_equal(ours, theirs[::-1])
