@@ -2,7 +2,7 @@
 
 Letters used in shape comments throughout the package:
 
-    B  images in a batch (2B inside the graph when guided: B unconditional, then B conditional)
+    B  images in a batch (2B in the graph when guided: the unconditional half first)
     C  channels          H, W  height and width of the array at hand
     L  tokens (77)       D     width of a transformer or of an embedding
 

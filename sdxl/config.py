@@ -23,10 +23,10 @@ class UNetConfig:
     """The denoising network.
 
     `transformer_depth` has one entry per level; 0 means no attention at that level. The
-    middle block has the last level's `middle_depth`. `time_cond_proj_dim` is the width of
-    LCM's guidance embedding, None when the network has none. `norm_groups` is the number of
-    groups of every group norm: narrow networks need fewer, or a group is one channel and
-    a flat colour is normalized away.
+    middle block has a depth of its own, `middle_depth`. `time_cond_proj_dim` is the
+    width of LCM's guidance embedding, None when the network has none. `norm_groups` is
+    the number of groups of every group norm: narrow networks need fewer, or a group is
+    one channel and a flat colour is normalized away.
     """
 
     model_channels: int
@@ -51,8 +51,8 @@ class UNetConfig:
 class TextEncoderConfig:
     """A causal CLIP text transformer.
 
-    `kind` is the checkpoint's naming: `clip` (Hugging Face names, quick-GELU, hidden state
-    only) or `openclip` (fused in_proj, exact GELU, hidden state and pooled projection).
+    `kind` is the checkpoint's naming: `clip` (Hugging Face names, quick-GELU, hidden
+    state only) or `openclip` (fused in_proj, exact GELU, hidden and pooled states).
     """
 
     kind: Literal["clip", "openclip"]
