@@ -15,9 +15,7 @@ same as `denoising_end` and `denoising_start`.
 
 from __future__ import annotations
 
-import gc
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +26,7 @@ import numpy as np
 from sdxl.conditioning import Conditioning
 from sdxl.picture import Picture, Start, levels_of, noised
 from sdxl.pipeline import Pipeline
+from sdxl.residents import Residents
 from sdxl.samplers import Observe
 from sdxl.schedule import last_part
 
@@ -49,47 +48,6 @@ class Part:
     cond: TwoConditionings
     pictures: Sequence[Picture]
     init: np.ndarray | None = None
-
-
-class Residents:
-    """Pipelines by name, loaded when asked for; one at a time, if it must be.
-
-    Memory is short where a second model does not fit: its weights and graphs are let
-    go before the next is read, and are read and compiled again when needed.
-    """
-
-    def __init__(
-        self, loaders: dict[str, Callable[[], Pipeline]], *, one: bool
-    ) -> None:
-        self.loaders = loaders
-        self.one = one
-        self.compiles: Counter[str] = Counter()
-        self.compile_ms: Counter[str] = Counter()
-        self._loaded: dict[str, Pipeline] = {}
-
-    def get(self, name: str) -> Pipeline:
-        """Give a pipeline, loading it first where it is not there."""
-        if name not in self._loaded:
-            if self.one:
-                self.release()
-            self._loaded[name] = self.loaders[name]()
-        return self._loaded[name]
-
-    def release(self) -> None:
-        """Let every pipeline go, keeping what was counted."""
-        for pipeline in self._loaded.values():
-            self.compiles.update(pipeline.compiles)
-            self.compile_ms.update(pipeline.compile_ms)
-            pipeline.graphs.release()
-        self._loaded.clear()
-        gc.collect()
-
-    def count(self, what: str) -> dict[str, Any]:
-        """Add up `compiles` or `compile_ms` of the pipelines there and gone."""
-        total = getattr(self, what).copy()
-        for pipeline in self._loaded.values():
-            total.update(getattr(pipeline, what))
-        return dict(total)
 
 
 class TwoStage:
@@ -123,7 +81,6 @@ class TwoStage:
         preset: str | None = None,
         loras: Sequence[tuple[Path, float]] = (),
         scaling: str = "EpsScaling",
-        threads: int | None = None,
         **shared: Any,
     ) -> TwoStage:
         """Read both checkpoints onto a device, or with `resident` "one" the base's.
@@ -139,18 +96,17 @@ class TwoStage:
             scaling=scaling,
             **shared,
         )
+        if refiner_checkpoint is None:
+            refiner_preset = refiner_preset or "tiny-refiner"
         refiner = partial(
             Pipeline.load,
             refiner_checkpoint,
-            preset=refiner_preset
-            or ("tiny-refiner" if not refiner_checkpoint else None),
+            preset=refiner_preset,
             name=PREFIX,
             **shared,
         )
         residents = Residents({"base": base, "refiner": refiner}, one=resident == "one")
-        residents.loaders["base"] = partial(base, threads=threads)
         residents.get("base")
-        residents.loaders["base"] = base  # threads are set once a process
         if resident == "both":
             residents.get("refiner")
         return cls(
@@ -204,7 +160,10 @@ class TwoStage:
         init: np.ndarray | None = None,
         observe: Observe | None = None,
     ) -> np.ndarray:
-        """Denoise in both stages: latents (n, 4, h, w) float32."""
+        """Denoise in both stages: latents (n, 4, h, w) float32.
+
+        `observe` hears of each stage's steps where both are resident.
+        """
         part = Part(cond=cond, pictures=pictures, init=init)
         return self.sample_all([part], batch_size, observe)[0]
 
@@ -213,8 +172,9 @@ class TwoStage:
     ) -> list[np.ndarray]:
         """Sample several parts, all of them in the base before any in the refiner.
 
-        So where one model fits at a time, they change places once.
+        So where one model fits at a time, they change places once for all parts.
         """
+        observe = None if self.residents.one else observe
         starts = [self._base_stage(part, batch_size, observe) for part in parts]
         return [
             self._refiner_stage(part, start, batch_size, observe)
