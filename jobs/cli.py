@@ -182,8 +182,8 @@ def verify(folder: Path, sample: int | None, repair: bool, as_json: bool) -> Non
 
     Example: sdxl-jobs verify outputs/demo --sample 1000
     """
+    from jobs.findings import as_dict, describe
     from jobs.repair import repair as repair_folder
-    from jobs.verify import as_dict, describe
     from jobs.verify import verify as verify_folder
 
     if repair and sample is not None:

@@ -22,16 +22,17 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from jobs import worker
 from jobs.errors import OutputError, WorkerError
+from jobs.leases import give_back
 from jobs.mail import Mail
 from jobs.parts import result_schema
-from jobs.records import Batch, Shard, Task, failure_row
+from jobs.records import Shard, Task, failure_row
+from jobs.slot import Slot, death, overdue
 from jobs.store import MERGE_AT, Store
 from jobs.worker import WorkerSpec
 
@@ -41,9 +42,6 @@ MAX_LOSSES = 5
 MAX_BLAMED = 20
 BACK_OFF_SECONDS = 1.0
 MAX_BACK_OFF_SECONDS = 30.0
-FIRST_CALL_SECONDS = 3600.0
-SILENT_SECONDS = 300.0
-SILENT_IN_CALL_SECONDS = 3600.0
 END_SECONDS = 30.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -65,52 +63,6 @@ class Stop:
     """How often the user has asked to stop: once to finish the batch, twice for now."""
 
     asked: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """One worker's place: a device, and the process that has it at the moment."""
-
-    spec: WorkerSpec
-    process: BaseProcess | None = None
-    pipe: Connection | None = None
-    mail: Mail | None = None
-    state: str = "waiting"
-    start_at: float = 0.0
-    pending: dict[str, Task] = field(default_factory=dict)
-    leases: set[int] = field(default_factory=set)
-    careful: bool = False
-    announced: set[str] = field(default_factory=set)
-    begun: set[str] = field(default_factory=set)
-    heard_at: float = 0.0
-    call_since: float | None = None
-    first_call: bool = True
-    killed_at: float | None = None
-    generation: int = 0
-    losses: int = 0
-    blamed: int = 0
-    reason: str = ""
-    kind: str = "worker_lost"
-    stats: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return f"{self.spec.name}-{self.generation}"
-
-    def describe(self) -> dict[str, Any]:
-        made, seconds = self.stats.get("made", 0), self.stats.get("seconds", 0.0)
-        return {
-            "worker": self.spec.name.split("-")[0],
-            "device": f"{self.spec.device_target}:{self.spec.device_id}",
-            "pid": self.process.pid if self.process else None,
-            "state": self.state,
-            "starts": self.generation,
-            "made": made,
-            "failed": self.stats.get("failed", 0),
-            "images_per_s": made / seconds if seconds else None,
-            "compiles": self.stats.get("compiles", {}),
-            "compile_ms": self.stats.get("compile_ms", {}),
-        }
 
 
 class Pool:
@@ -259,7 +211,7 @@ class Pool:
                 if now - slot.killed_at > END_SECONDS:  # it can't even be killed
                     self._gone(slot)
                 continue
-            found = _overdue(slot, now)
+            found = overdue(slot, now)
             if found:
                 slot.kind, slot.reason = found
                 slot.killed_at = now
@@ -353,7 +305,7 @@ class Pool:
             slot.state = "ended"
             return
         self._find_unannounced(slot)
-        reason = slot.reason or _death(code)
+        reason = slot.reason or death(code)
         self._observer.say(f"worker {slot.spec.name} is lost: {reason}")
         if self._hand_on(slot, reason):
             slot.blamed += 1  # perhaps the task's fault, unless it is every task's
@@ -384,22 +336,17 @@ class Pool:
 
     def _hand_on(self, slot: Slot, reason: str) -> bool:
         """Give back what a dead worker had leased; tell whether it had begun any."""
-        begun = [t for t in slot.pending.values() if t.image_id in slot.begun]
-        begun = [dataclasses.replace(t, attempts=t.attempts + 1) for t in begun]
-        rest = [t for t in slot.pending.values() if t.image_id not in slot.begun]
-        suspect = bool(begun)
-        if len(begun) == 1 and begun[0].tries >= slot.spec.max_attempts:
-            self._fail(slot, begun, reason)
-            begun = []
-        alone = any(task.tries > 1 for task in begun)
-        for tasks, size in (
-            (begun, 1 if alone else slot.spec.batch_size),
-            ([t for t in rest if not t.tries], slot.spec.batch_size),
-            ([t for t in rest if t.tries], 1),
-        ):
-            for batch in _regroup(tasks, size):
-                shard = Shard(number=self._new_number(), batches=(batch,))
-                self._returned.append(shard)
+        back = give_back(
+            list(slot.pending.values()),
+            slot.begun,
+            most=slot.spec.max_attempts,
+            batch_size=slot.spec.batch_size,
+        )
+        suspect = not slot.begun.isdisjoint(slot.pending)
+        if back.given_up:
+            self._fail(slot, [back.given_up], reason)
+        for batch in back.batches:
+            self._returned.append(Shard(number=self._new_number(), batches=(batch,)))
         slot.pending.clear()
         slot.begun.clear()
         slot.leases.clear()
@@ -454,30 +401,3 @@ class Pool:
         if slot.pipe:
             slot.pipe.close()
         slot.process = slot.pipe = slot.mail = None
-
-
-def _overdue(slot: Slot, now: float) -> tuple[str, str] | None:
-    """Tell whether a worker hangs: the error class and the reason."""
-    limit = slot.spec.batch_timeout
-    if slot.call_since is not None and limit is not None:
-        allowed = limit + (FIRST_CALL_SECONDS if slot.first_call else 0.0)
-        if now - slot.call_since > allowed:
-            what = "it did not start" if slot.state == "starting" else "a call ran"
-            return "timeout", f"{what} for over {allowed:g} s (runtime.batch_timeout)"
-    silence = now - slot.heard_at
-    busy = slot.call_since is not None
-    if silence > (SILENT_IN_CALL_SECONDS if busy else SILENT_SECONDS):
-        return "worker_lost", f"not a word from it for {silence:.0f} s"
-    return None
-
-
-def _regroup(tasks: list[Task], size: int) -> list[Batch]:
-    from jobs.plan import batches
-
-    return list(batches(tasks, size))
-
-
-def _death(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"killed by signal {-code}"
-    return f"its process ended with code {code}"

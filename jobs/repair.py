@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from jobs import parts, seal
+from jobs.findings import Finding, Report
 from jobs.lock import FolderLock
 from jobs.run import folder_errors
 from jobs.store import Store, publish, sync_folder
-from jobs.verify import Finding, Inspection, Report, refuse_running
+from jobs.verify import Inspection, refuse_running
 
 ROUNDS = 3
 

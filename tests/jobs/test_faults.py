@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from jobs_shared import FAKE, ROOT, numbered, rows_of, run_arguments, write_csv
 
-from jobs import cli, crash, pool, run
+from jobs import cli, crash, pool, run, slot
 
 TABLE = ROOT / "docs" / "reliability.md"
 
@@ -22,7 +22,7 @@ TABLE = ROOT / "docs" / "reliability.md"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(pool, "BACK_OFF_SECONDS", 0.01)
-    monkeypatch.setattr(pool, "FIRST_CALL_SECONDS", 1.0)
+    monkeypatch.setattr(slot, "FIRST_CALL_SECONDS", 1.0)
     monkeypatch.setitem(run.run.__kwdefaults__, "pipeline", FAKE)
     yield
     crash.arm(None)

@@ -15,10 +15,11 @@ from jobs_shared import FAKE, call, order, rows_of, run_arguments, write_csv
 
 from jobs import cli, parts, run, seal
 from jobs.errors import JobError, OutputError
+from jobs.findings import describe
 from jobs.progress import Progress
 from jobs.run import Order
 from jobs.store import Store, make_folder, publish
-from jobs.verify import describe, verify
+from jobs.verify import verify
 
 SECRET = "hunter2-do-not-tell"
 ESCAPE = "\x1b]0;owned\x07\x1b[31m"

@@ -7,10 +7,11 @@ from collections import Counter
 import pytest
 from jobs_shared import FAKE, numbered, order, rows_of, write_csv
 
-from jobs import pool, run, worker
+from jobs import pool, run, slot, worker
 from jobs.errors import WorkerError
-from jobs.pool import Slot, _overdue
 from jobs.records import ERROR_CLASSES
+from jobs.slot import Slot
+from jobs.slot import overdue as is_overdue
 from jobs.store import Store
 
 
@@ -38,7 +39,7 @@ def classes(folder):
 
 
 def test_a_worker_that_falls_silent_is_replaced(job, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(pool, "SILENT_IN_CALL_SECONDS", 3.0)
+    monkeypatch.setattr(slot, "SILENT_IN_CALL_SECONDS", 3.0)
     rows = numbered(8)
     rows[5] = ("r5", f"a picture stop-once={tmp_path / 'once'}")
     summary = job(rows, workers=2)
@@ -140,11 +141,11 @@ def test_a_call_is_overdue_after_its_time(limit, first, elapsed, overdue):
     class Spec:
         batch_timeout = limit
 
-    slot = Slot(Spec(), state="ready", heard_at=100.0)
-    slot.call_since, slot.first_call = 100.0, first
+    place = Slot(Spec(), state="ready", heard_at=100.0)
+    place.call_since, place.first_call = 100.0, first
     if limit is not None:
-        slot.heard_at = 100.0 + elapsed
-    found = _overdue(slot, 100.0 + elapsed)
+        place.heard_at = 100.0 + elapsed
+    found = is_overdue(place, 100.0 + elapsed)
     assert (found is not None) == overdue
     if overdue:
         assert found[0] in ERROR_CLASSES

@@ -13,11 +13,12 @@ from jobs_shared import FAKE, order, pixels_of, rows_of, write_csv
 
 from jobs import cli, parts, seal, store
 from jobs.errors import LockedError, OutputError
+from jobs.findings import as_dict, describe
 from jobs.lock import FolderLock
 from jobs.repair import repair
 from jobs.run import Order, run
 from jobs.store import Store
-from jobs.verify import as_dict, describe, verify
+from jobs.verify import verify
 
 CASES = 200
 KINDS = ("image", "part", "results", "job", "copy", "rows", "status")
