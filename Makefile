@@ -27,7 +27,7 @@ demo: $(READY) $(TINY)  ## Make the pictures of manifests/demo.csv on two CPU wo
 	$(BIN)/sdxl-jobs run manifests/demo.csv --config configs/tiny.yaml --workers 2 --output $(DEMO)
 
 test: $(READY) $(TINY)  ## Run the tests (minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY) $(TINY)  ## Run the tests that take long
 	$(BIN)/python -m pytest -m slow
