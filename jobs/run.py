@@ -222,7 +222,7 @@ class _Run:
             self._work(found, index)
             seconds = time.monotonic() - started
             made = progress.done - progress.failed
-        return self._finish(made, made / seconds if made else 0.0)
+        return self._finish(found, made, made / seconds if made else 0.0)
 
     def _place(self, found: plan.Survey, position: int) -> str:
         """Say where the request at a position of the survey stands in the manifest."""
@@ -379,7 +379,7 @@ class _Run:
             provenance=self._provenance(),
         )
 
-    def _finish(self, made: int, rate: float) -> Summary:
+    def _finish(self, found: plan.Survey, made: int, rate: float) -> Summary:
         stopped = self.stop.asked > 0
         results = None
         if not stopped:
@@ -394,7 +394,12 @@ class _Run:
             images_per_s=rate,
             interrupted=stopped,
         )
-        self._write_status([], "interrupted" if stopped else "finished")
+        counts = summary.counts
+        left = self.retry is not None and (
+            counts["ok"] + counts["failed"] < found.tasks
+            or counts["invalid"] < found.invalid
+        )
+        self._write_status([], "interrupted" if stopped or left else "finished")
         return summary
 
     def _metadata(self) -> dict[str, str]:

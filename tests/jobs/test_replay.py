@@ -1,14 +1,23 @@
 """replay makes one picture again from its row alone, and compares the pixels."""
 
 import hashlib
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import inline_pool
 import pytest
-from jobs_shared import FAKE, order, rows_of, write_csv
+from jobs_shared import (
+    FAKE,
+    environment,
+    order,
+    rows_of,
+    run_arguments,
+    write_csv,
+)
 
-from jobs import images, plan, run
+from jobs import crash, images, plan, run
 from jobs.books import resolved_again, settings_hash
 from jobs.errors import ConfigError, ModelError, OutputError
 from jobs.manifest import open_manifest
@@ -91,3 +100,33 @@ def test_another_checkpoint_is_refused(job, monkeypatch):
     monkeypatch.setattr(Order, "stored", classmethod(lambda *_: moved))
     with pytest.raises(ModelError, match="not the checkpoint that made"):
         replay(job, row_of(job, "plain")["image_id"], pipeline=FAKE)
+
+
+@pytest.mark.slow
+def test_the_real_network_gives_the_same_pixels_after_a_kill_and_in_a_replay(
+    tmp_path, checkpoint
+):
+    # The worker is killed once, between the first picture and its row.
+    manifest = write_csv(tmp_path / "m.csv", [("a", "a red circle"), ("b", "a star")])
+    words = run_arguments(manifest, tmp_path / "out", checkpoint)
+    killed = {crash.VARIABLE: f"image.renamed:1:KILL:{tmp_path / 'once'}"}
+    command = [sys.executable, "-m", "jobs"]
+    done = subprocess.run(
+        [*command, *map(str, words)],
+        env=environment(**killed),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "is lost: killed by signal 9" in done.stderr
+    rows = rows_of(tmp_path / "out")
+    assert max(row["attempts"] for row in rows) == 2
+    again = subprocess.run(
+        [*command, "replay", str(tmp_path / "out"), rows[0]["image_id"]],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert again.returncode == 0 and "the same pixels" in again.stdout, again.stderr

@@ -8,7 +8,9 @@ from jobs_shared import FAKE, order, rows_of, write_csv
 
 from jobs import cli, run
 from jobs.run import Order, Retry
+from jobs.status import read_status
 from jobs.store import Store
+from jobs.verify import verify
 
 WORDS = {2: "make-nan", 5: "raise=oom", 7: "make-black", 9: "raise=broken"}
 
@@ -95,6 +97,9 @@ def test_rows_that_are_not_made_yet_are_left_alone(job, monkeypatch):
     mend(monkeypatch)
     retry(job, "bug")
     assert "more" not in by_id(job) and by_id(job)["r9"]["status"] == "ok"
+    report = verify(job)  # the row that is left is pending, not lost
+    assert report.sound and report.counts["pending"] == 1
+    assert read_status(job)["state"] == "interrupted"
     run.run(Order.stored(Store(job)), pipeline=FAKE)
     assert by_id(job)["more"]["status"] == "ok"
 
