@@ -33,6 +33,9 @@ START = {"timestep_spacing": "leading"}
 SIGMA_MAX = 14.6146412
 REFINER = "tiny-refiner"
 
+# Beside MindSpore's threads in one process, torch's would wait for each other.
+torch.set_num_threads(1)
+
 
 @cache
 def components(model: str) -> dict[str, Any]:

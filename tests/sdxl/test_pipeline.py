@@ -143,3 +143,80 @@ def test_half_precision_stays_near_full_precision(pipeline_of):
 
     assert coarse.dtype == np.float32
     assert 1e-5 < np.abs(coarse - latents).max() / latents.std() < 0.05
+
+
+def test_an_image_encodes_to_its_posterior_with_each_pictures_own_noise(pipeline_of):
+    from sdxl.noise import NoiseStream
+
+    pipeline, pictures = pipeline_of("tiny"), quick()
+    pixels = pixels_of(pipeline, pictures)
+    latents = pipeline.encode_images(pixels, pictures, BATCH)
+    mean, deviation = pipeline.posterior(pixels, BATCH)
+    noise = [NoiseStream("torch", p.seed).draw(mean[0].shape) for p in pictures]
+
+    np.testing.assert_array_equal(latents, mean + deviation * np.stack(noise))
+    np.testing.assert_array_equal(
+        pipeline.encode_images(pixels[1:2], pictures[1:2], BATCH), latents[1:2]
+    )
+
+
+def test_no_strength_leaves_an_images_latents_as_they_are(pipeline_of):
+    pipeline, pictures = pipeline_of("tiny"), quick(strength=0.0)
+    init = np.ones((3, 4, 16, 16), np.float32)
+    cond = pipeline.encode(pictures, BATCH)
+
+    np.testing.assert_array_equal(
+        pipeline.sample(cond, pictures, BATCH, init=init), init
+    )
+    with pytest.raises(ValueError, match="no strength"):
+        pipeline.sample(cond, quick(), BATCH, init=init)
+
+
+def test_scores_reach_a_refiners_vector_and_are_6_and_2_and_a_half_by_default(
+    pipeline_of,
+):
+    from sdxl.conditioning import sinusoid
+
+    pipeline = pipeline_of("tiny-refiner")
+    width = pipeline.config.size_embed_dim
+    pictures = [
+        cases("tiny")[0],
+        replace(cases("tiny")[0], aesthetic_score=9.0, negative_aesthetic_score=0.0),
+    ]
+    cond = pipeline.encode(pictures, 2)
+    scores = [cond.vector[:, -width:], cond.uncond_vector[:, -width:]]
+
+    np.testing.assert_array_equal(scores[0], sinusoid(np.array([6.0, 9.0]), width))
+    np.testing.assert_array_equal(scores[1], sinusoid(np.array([2.5, 0.0]), width))
+
+
+def test_a_refiner_encodes_an_empty_text_where_no_negative_prompt_is_given(pipeline_of):
+    pipeline = pipeline_of("tiny-refiner")
+    none, empty = (
+        pipeline.encode([replace(cases("tiny")[0], negative_prompt=text)], 2)
+        for text in (None, "")
+    )
+
+    assert np.abs(none.uncond_context).max() > 1
+    np.testing.assert_array_equal(none.uncond_context, empty.uncond_context)
+    np.testing.assert_array_equal(none.uncond_vector, empty.uncond_vector)
+
+
+def test_loras_are_merged_while_the_checkpoint_is_read(tmp_path, pipeline_of):
+    from sdxl.lora import Lora, LoraSet
+    from sdxl.pipeline import Pipeline
+    from sdxl.random_weights import random_tensor
+    from tests.golden.lora_cases import write_lora
+
+    path = write_lora(tmp_path / "style.safetensors", "kohya")
+    pipeline = Pipeline.load(None, preset="tiny", loras=[(path, 0.7), (path, 0.0)])
+    loras = LoraSet([Lora(path=path, scale=0.7)], pipeline.config)
+    plain = pipeline_of("tiny").model.parameters_dict()
+    changed = 0
+    for name, parameter in pipeline.model.parameters_dict().items():
+        if not np.array_equal(parameter.asnumpy(), plain[name].asnumpy()):
+            expected = loras.apply(name, random_tensor(name, parameter.shape))
+            np.testing.assert_array_equal(parameter.asnumpy(), expected)
+            changed += 1
+
+    assert changed > 200

@@ -1,6 +1,7 @@
 """Every system's pixels against diffusers' or k-diffusion's on the same weights."""
 
 import copy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,3 +51,29 @@ def test_the_pixels_are_those_of_the_oracle(name, pipeline_of):
 
     assert differences.max() <= 1
     assert (differences == 0).mean() > 0.999
+
+
+def test_a_consistency_model_is_guided_as_the_reference_does_when_asked(pipeline_of):
+    # Its weights differ from the tiny ones by the embedding alone, which is then idle.
+    pixels = pixels_of(pipeline_of("consistency"), RUNS["lcm_guided"])
+
+    np.testing.assert_array_equal(
+        pixels, pixels_of(pipeline_of("tiny"), RUNS["lcm_guided"])
+    )
+
+
+def test_the_whole_list_of_runs_compiles_each_graph_once(pipeline_of):
+    for model in ("tiny", "tiny-refiner", "consistency"):
+        assert set(pipeline_of(model).compiles.values()) == {1}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["lcm_embedded", "two_stage_20"])
+def test_the_oracle_still_draws_what_the_golden_file_holds(name):
+    for module in ("torch", "diffusers", "transformers"):
+        pytest.importorskip(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tests.golden.pipelines_oracle import pixels_of as drawn
+
+    assert np.abs(drawn(name).astype(int) - GOLDEN[name]).max() <= 1
