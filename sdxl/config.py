@@ -9,7 +9,7 @@ Figures: Podell et al. 2023 (SDXL), the published configs of SDXL-Base and SDXL-
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 VOCAB_SIZE = 49_408
@@ -67,13 +67,19 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VAEConfig:
-    """The KL autoencoder; latents are multiplied by `scale_factor` after encoding."""
+    """The KL autoencoder, and how its latents z become the network's.
+
+    They are `(z - latents_mean) * scale_factor / latents_std`, per channel; SDXL has no
+    mean and deviation, Playground v2.5 has.
+    """
 
     ch: int
     ch_mult: tuple[int, ...]
     num_res_blocks: int = 2
     z_channels: int = LATENT_CHANNELS
     scale_factor: float = 0.13025
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
     norm_groups: int = 32
 
 
@@ -116,6 +122,16 @@ BASE = ModelConfig(
     ),
     text_encoders=(CLIP_L, OPENCLIP_BIGG),
     vae=SDXL_VAE,
+)
+
+PLAYGROUND = replace(
+    BASE,
+    vae=replace(
+        SDXL_VAE,
+        scale_factor=0.5,
+        latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
+        latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
+    ),
 )
 
 REFINER = ModelConfig(
@@ -182,4 +198,5 @@ PRESETS: dict[str, ModelConfig] = {
     "refiner": REFINER,
     "tiny": TINY,
     "tiny-refiner": TINY_REFINER,
+    "playground": PLAYGROUND,
 }

@@ -66,8 +66,6 @@ VAE_FIXED: dict[str, tuple[Any, Any]] = {
     "act_fn": ("silu", "silu"),
     "in_channels": (3, 3),
     "latent_channels": (4, LATENT_CHANNELS),
-    "latents_mean": (None, None),
-    "latents_std": (None, None),
     "mid_block_add_attention": (True, True),
     "out_channels": (3, 3),
     "shift_factor": (None, None),
@@ -252,13 +250,29 @@ def _vae(fields: _Fields) -> VAEConfig:
     scale = fields.content.get("scaling_factor", 0.18215)
     if not isinstance(scale, int | float) or not 0 < scale < 100:
         raise fields.refuse("scaling_factor", "expected a positive number")
+    mean, deviation = (_statistics(fields, n) for n in ("latents_mean", "latents_std"))
+    if deviation is not None and min(deviation) <= 0:
+        raise fields.refuse("latents_std", "expected positive numbers")
     return VAEConfig(
         ch=width,
         ch_mult=mult,
         num_res_blocks=fields.integer("layers_per_block", 1),
         scale_factor=float(scale),
+        latents_mean=mean,
+        latents_std=deviation,
         norm_groups=groups,
     )
+
+
+def _statistics(fields: _Fields, name: str) -> tuple[float, ...] | None:
+    """Read a number per latent channel, where there are any."""
+    values = fields.content.get(name)
+    if values is None:
+        return None
+    sound = isinstance(values, list) and len(values) == LATENT_CHANNELS
+    if not sound or not all(type(v) in (int, float) and abs(v) < 1e6 for v in values):
+        raise fields.refuse(name, f"expected {LATENT_CHANNELS} numbers")
+    return tuple(map(float, values))
 
 
 def _check_conditioning(fields: _Fields, config: ModelConfig) -> None:

@@ -115,6 +115,8 @@ def vae_json(config: ModelConfig) -> dict[str, Any]:
         "block_out_channels": [vae.ch * mult for mult in vae.ch_mult],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "force_upcast": True,
+        "latents_mean": vae.latents_mean and list(vae.latents_mean),
+        "latents_std": vae.latents_std and list(vae.latents_std),
         "layers_per_block": vae.num_res_blocks,
         "norm_num_groups": vae.norm_groups,
         "sample_size": config.native_size,

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from sdxl.conditioning import Conditioning, conditioning
-from sdxl.config import PRESETS, VAE_FACTOR, ModelConfig
+from sdxl.config import PRESETS, VAE_FACTOR, ModelConfig, VAEConfig
 from sdxl.denoiser import Denoiser, Mode
 from sdxl.graphs import Graphs, set_up
 from sdxl.lora import Lora, LoraSet
@@ -209,7 +209,8 @@ class Pipeline:
         """
         _, _, h, w = latents.shape
         vae = self.model.first_stage_model
-        z = (latents / self.config.vae.scale_factor).astype(np.float32)
+        mean, factor = latent_statistics(self.config.vae)
+        z = (latents / factor + mean).astype(np.float32)
         parts = []
         for rows, valid in filled(len(z), batch_size):
             images = self.graphs.run(
@@ -226,14 +227,15 @@ class Pipeline:
         Both are (n, 4, h, w) float32, scaled as the network knows latents.
         """
         _, H, W, _ = pixels.shape
-        vae, scale = self.model.first_stage_model, self.config.vae.scale_factor
+        vae = self.model.first_stage_model
+        offset, factor = latent_statistics(self.config.vae)
         x = (pixels.astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2)
         means, deviations = [], []
         for rows, valid in filled(len(x), batch_size):
             name = f"encode-b{len(rows)}-{H // VAE_FACTOR}x{W // VAE_FACTOR}"
             mean, logvar = self.graphs.run(name, lambda: Encode(vae), x[rows])
-            means.append(mean[:valid] * np.float32(scale))
-            deviations.append(np.exp(0.5 * logvar[:valid]) * np.float32(scale))
+            means.append((mean[:valid] - offset) * factor)
+            deviations.append(np.exp(0.5 * logvar[:valid]) * factor)
         return np.concatenate(means), np.concatenate(deviations)
 
     def _negative(self, picture: Picture) -> str | None:
@@ -274,6 +276,13 @@ class Pipeline:
 def latent_size(picture: Picture) -> tuple[int, int]:
     """Give height and width of a picture's latents."""
     return picture.height // VAE_FACTOR, picture.width // VAE_FACTOR
+
+
+def latent_statistics(vae: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Give mean and factor, (1, 4 or 1, 1, 1) float32: ours = (z - mean) factor."""
+    mean = np.float32(vae.latents_mean or (0.0,)).reshape(1, -1, 1, 1)
+    deviation = np.float32(vae.latents_std or (1.0,)).reshape(1, -1, 1, 1)
+    return mean, np.float32(vae.scale_factor) / deviation
 
 
 def to_pixels(images: np.ndarray) -> np.ndarray:
