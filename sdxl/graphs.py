@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -25,7 +26,8 @@ def set_up(device_target: str, device_id: int = 0, threads: int | None = None) -
     """Choose device and graph mode for this process; call it before building a network.
 
     `threads` bounds the threads of CPU kernels, to two at the least: MindSpore always
-    has a dispatching and a working one. It can be given once a process.
+    has a dispatching and a working one. It holds for the process: what is given after
+    the first kernel has run comes too late and changes nothing.
     """
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device(device_target, device_id)
@@ -35,8 +37,9 @@ def set_up(device_target: str, device_id: int = 0, threads: int | None = None) -
 
 @cache
 def bound_threads(threads: int) -> None:
-    """Tell MindSpore, which refuses to be told twice."""
-    ms.device_context.cpu.op_tuning.threads_num(threads)
+    """Tell MindSpore, which refuses to be told twice, or after its first kernel."""
+    with suppress(RuntimeError):
+        ms.device_context.cpu.op_tuning.threads_num(threads)
 
 
 def on_device(array: np.ndarray) -> Tensor:

@@ -107,7 +107,7 @@ def test_a_task_kills_its_worker_each_time(bench):
 def test_a_device_call_hangs(bench):
     bench.write(with_word("sleep=1000"))
     started = time.monotonic()
-    assert bench.run("runtime.batch_timeout=0.5") == 4
+    assert bench.run("runtime.batch_timeout=3") == 4
     assert time.monotonic() - started < 60
     bench.sees(
         r"worker w0-\S+ is lost: a call ran for over \S+ s \(runtime.batch_timeout\)"
