@@ -30,7 +30,11 @@ def set_up(device_target: str, device_id: int = 0, threads: int | None = None) -
     the first kernel has run comes too late and changes nothing.
     """
     ms.set_context(mode=ms.GRAPH_MODE)
-    ms.set_device(device_target, device_id)
+    try:
+        ms.set_device(device_target, device_id)
+    except RuntimeError:  # a kernel has run: the device is chosen, and may be this one
+        if (ms.get_context("device_target"), device_id) != (device_target, 0):
+            raise
     if threads is not None:
         bound_threads(threads)
 
