@@ -39,20 +39,19 @@ def _micro(config):
 
 MICRO = {
     "base": _micro(TINY),
-    "refiner": _micro(TINY_REFINER),
-    "lcm": replace(
-        _micro(TINY), unet=replace(_micro(TINY).unet, time_cond_proj_dim=256)
-    ),
+    "tiny-base": TINY,
+    "tiny-refiner": TINY_REFINER,
+    "tiny-lcm": replace(TINY, unet=replace(TINY.unet, time_cond_proj_dim=256)),
 }
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A base, a refiner and a consistency model of two levels, as diffusers folders."""
+    """A base of two levels; base, refiner and consistency model of `tiny`'s size."""
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         for name, config in MICRO.items():
-            patch.setitem(PRESETS, f"micro-{name}", config)
+            patch.setitem(PRESETS, f"of-{name}", config)
             specs = tensor_specs(config)
             shapes = {spec.name: ("fp32", spec.shape) for spec in specs}
             with SafetensorsWriter(folder / f"{name}.safetensors", shapes) as writer:
@@ -136,11 +135,13 @@ def test_rows_run_alone_give_the_pixels_they_have_in_company(mixed):
 def test_each_shipped_config_makes_pictures(tmp_path, models, name):
     """Checkpoints apart, the configs run as they are shipped."""
     kind = name.split("_")[0]
-    model = models.get({"lcm4": "lcm"}.get(kind, kind), models["base"])
+    model = models[
+        {"lcm4": "tiny-lcm", "refiner": "tiny-refiner"}.get(kind, "tiny-base")
+    ]
     settings = ["model.preset=null", "sampling.width=64", "sampling.height=64"]
     if kind == "pipeline":
         settings += [
-            f"refiner.checkpoint={models['refiner']}",
+            f"refiner.checkpoint={models['tiny-refiner']}",
             "refiner.keep_base=true",
         ]
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "init.png")
