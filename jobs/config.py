@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs import settings
+from jobs.devices import Devices, choose_devices, find_devices
 from jobs.errors import ConfigError, nearest
 from jobs.sections import (
     JobConfig,
@@ -34,7 +34,6 @@ from jobs.settings import shown
 from jobs.yaml_tree import read_yaml
 
 ASCEND_BATCH_TIMEOUT = 1800.0
-DAVINCI = re.compile(r"davinci(\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,23 +178,6 @@ def _batch_timeout(runtime: RuntimeSection, target: str) -> float | None:
     return runtime.batch_timeout
 
 
-def parse_devices(text: str) -> tuple[int, ...]:
-    """Read a device list such as `0-7` or `0,2,5-6`."""
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)
-        if not match:
-            raise ConfigError(
-                f"devices: can't read `{text}`",
-                hint="write a list of numbers and ranges, such as `0-7` or `0,2`",
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        found.extend(range(first, last + 1))
-    if not found or len(set(found)) != len(found):
-        raise ConfigError(f"devices: `{text}` names a device twice or none at all")
-    return tuple(found)
-
-
 def cores() -> int:
     """Count the processors this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -204,10 +186,12 @@ def cores() -> int:
 
 
 def _devices(runtime: RuntimeSection) -> tuple[str, tuple[int, ...]]:
-    present = _present_npus()
     target = runtime.device_target
+    if target == "auto" and runtime.workers is not None:
+        target = "CPU"
+    devices = Devices(ids=(), present=0) if target == "CPU" else find_devices()
     if target == "auto":
-        target = "Ascend" if present and runtime.workers is None else "CPU"
+        target = "Ascend" if devices.ids else "CPU"
     if target == "CPU":
         if runtime.devices != "auto":
             raise ConfigError(
@@ -220,21 +204,7 @@ def _devices(runtime: RuntimeSection) -> tuple[str, tuple[int, ...]]:
             "runtime.workers is for the CPU; Ascend runs one worker per device",
             hint="use `--devices 0-7`",
         )
-    asked = present if runtime.devices == "auto" else parse_devices(runtime.devices)
-    if not asked:
-        raise ConfigError(
-            "no Ascend device is visible (/dev/davinci0 and so on)",
-            hint="check `npu-smi info`, or run on the CPU with `--workers 2`",
-        )
-    return target, asked
-
-
-def _present_npus() -> tuple[int, ...]:
-    bound = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
-    if bound:
-        return parse_devices(bound)
-    names = (DAVINCI.fullmatch(path.name) for path in Path("/dev").glob("davinci*"))
-    return tuple(sorted(int(match[1]) for match in names if match))
+    return target, choose_devices(runtime.devices, devices)
 
 
 def _section_types() -> dict[str, Any]:

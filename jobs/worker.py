@@ -37,6 +37,7 @@ import numpy as np
 
 from jobs import images
 from jobs.config import OutputSection
+from jobs.devices import binding
 from jobs.parts import result_schema
 from jobs.records import (
     Batch,
@@ -352,7 +353,7 @@ def _settle(spec: WorkerSpec) -> None:
         signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
     if spec.device_target == "Ascend":
-        os.environ["ASCEND_RT_VISIBLE_DEVICES"] = str(spec.device_id)
+        os.environ.update(binding(spec.device_id))
     else:
         os.environ.setdefault("OMP_NUM_THREADS", str(spec.threads))
     os.environ.setdefault("GLOG_v", "3")

@@ -66,6 +66,8 @@ def _misbehave(prompt):
         elif action == "wait-for":
             while not Path(value).exists():
                 time.sleep(0.01)
+        elif action == "tell-device":
+            Path(value).write_text(os.environ["ASCEND_RT_VISIBLE_DEVICES"])
         elif action == "raise":
             raise RuntimeError(value)
         elif action == "kill-worker":

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jobs_shared import ROOT
 
 from jobs import settings as row_settings
-from jobs.config import fingerprint, from_dict, load, parse_devices, resolve
+from jobs.config import fingerprint, from_dict, load, resolve
 from jobs.errors import ConfigError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -166,43 +166,6 @@ def test_defaults_are_filled_in_from_the_model_and_the_machine():
     resolved = resolve(wide, native_size=128, kind="lcm")
     assert (resolved.width, resolved.height) == (192, 128)
     assert resolved.guider == "IdentityGuider"
-
-
-def test_visible_devices_are_found_from_the_environment(monkeypatch):
-    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "2,5-6")
-    resolved = resolve(load(None), native_size=128)
-    assert (resolved.device_target, resolved.devices) == ("Ascend", (2, 5, 6))
-    assert resolved.precision == "fp16"
-    resolved = resolve(load(None, ["runtime.workers=2"]), native_size=128)
-    assert resolved.device_target == "CPU"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["runtime.devices=0-1"], "but this runs on the CPU"),
-        (["runtime.device_target=Ascend", "runtime.workers=2"], "for the CPU"),
-        (["runtime.device_target=Ascend"], "no Ascend device"),
-    ],
-)
-def test_devices_that_are_not_there_are_refused(overrides, said, monkeypatch):
-    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("jobs.config._present_npus", tuple)
-    with pytest.raises(ConfigError, match=said):
-        resolve(load(None, overrides), native_size=128)
-
-
-@pytest.mark.parametrize(
-    ("text", "devices"), [("0-7", tuple(range(8))), ("3", (3,)), (" 0, 2-3", (0, 2, 3))]
-)
-def test_device_lists_read_as_numbers_and_ranges(text, devices):
-    assert parse_devices(text) == devices
-
-
-@pytest.mark.parametrize("text", ["", "0-", "a", "0,0", "1-3,2", "7-0", "-1", "99999"])
-def test_device_lists_that_mean_nothing_are_refused(text):
-    with pytest.raises(ConfigError):
-        parse_devices(text)
 
 
 def test_the_fingerprint_knows_what_changes_pixels_and_nothing_else():
