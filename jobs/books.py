@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from jobs import plan
-from jobs.config import Resolved, resolve
 from jobs.manifest import Manifest, open_manifest
+from jobs.order import Order
 from jobs.progress import counted
 from jobs.records import RESULT_COLUMNS, Rejected, Task, hash64, invalid_row
-from jobs.run import Order
+from jobs.resolved import Resolved, resolve
 from jobs.sections import RuntimeSection
+from jobs.survey import survey
 
 _NOT_COMPARED = {"attempts", "source_row"}
 COMPARED = tuple(
@@ -61,7 +62,7 @@ def read_manifest(order: Order, job: Mapping[str, Any]) -> Asked:
         order.manifest, prompt_column=order.prompt_column, id_column=order.id_column
     )
     resolved = resolved_again(order, job)
-    found = plan.survey(manifest, resolved)
+    found = survey(manifest, resolved)
     ids, settings, wanted, invalid = [], [], [], []
     for row in _rows(manifest, resolved, found.repeated):
         if isinstance(row, Rejected):

@@ -3,74 +3,24 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from jobs import __version__
-from jobs.config import JobConfig, load
-from jobs.errors import ConfigError, ExitCode, JobError, nearest, printable
-from jobs.records import ERROR_CLASSES
-
-Command = Callable[..., Any]
-
-
-def config_options(command: Command) -> Command:
-    """Add the options that choose the settings."""
-    for option in (
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="SECTION.KEY=VALUE",
-            help="Override a setting of the config; may be given several times.",
-        ),
-        click.option(
-            "--batch-size", type=click.IntRange(1), help="Images per graph call."
-        ),
-        click.option(
-            "--workers", type=click.IntRange(1), help="Worker processes on the CPU."
-        ),
-        click.option("--devices", metavar="LIST", help="Ascend devices: 0-7, or auto."),
-        click.option(
-            "--checkpoint",
-            type=click.Path(path_type=Path),
-            help="Weights: .safetensors, MindSpore .ckpt or a diffusers folder.",
-        ),
-        click.option(
-            "--config",
-            "config_path",
-            type=click.Path(path_type=Path),
-            help="YAML settings; see configs/.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def manifest_options(command: Command) -> Command:
-    """Add the options that say how to read the manifest."""
-    for option in (
-        click.option("--limit", type=click.IntRange(1), help="Only the first N rows."),
-        click.option(
-            "--id-column", default="id", show_default=True, help="Column of row ids."
-        ),
-        click.option(
-            "--prompt-column",
-            default="prompt",
-            show_default=True,
-            help="Column of prompts.",
-        ),
-    ):
-        command = option(command)
-    return command
+from jobs.bug import report_bug
+from jobs.errors import ExitCode, JobError, printable
+from jobs.options import (
+    config_from,
+    config_options,
+    error_classes,
+    manifest_options,
+    refuse_both,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -103,11 +53,11 @@ def run(manifest: Path, output: Path, **options: Any) -> None:
     Example: sdxl-jobs run manifests/demo.csv --config configs/tiny.yaml --workers 2
     --output outputs/demo
     """
-    from jobs.run import Order
+    from jobs.order import Order
     from jobs.run import run as run_job
 
     order = Order(
-        config=_config(**_settings(options)),
+        config=config_from(options),
         manifest=manifest,
         output=output,
         **options,
@@ -140,7 +90,7 @@ def plan(manifest: Path, as_json: bool, **options: Any) -> None:
     """
     from jobs.estimate import describe, estimate
 
-    config = _config(**_settings(options))
+    config = config_from(options)
     report = estimate(manifest, config, **options)
     _show(json.dumps(report, indent=2) if as_json else describe(report))
     if report["invalid"]:
@@ -163,9 +113,9 @@ def retry(
 
     Example: sdxl-jobs retry outputs/demo --only oom,timeout
     """
-    from jobs.run import Retry
+    from jobs.order import Retry
 
-    chosen = Retry(only=_classes(only))
+    chosen = Retry(only=error_classes(only))
     _finish(_again(folder, workers, devices, retry=chosen))
 
 
@@ -262,7 +212,7 @@ def sample(prompt: str, out: Path, seed: int | None, **options: Any) -> None:
     """
     from jobs.sample import make_sample
 
-    seconds = make_sample(prompt, _config(**_settings(options)), out, seed)
+    seconds = make_sample(prompt, config_from(options), out, seed)
     click.echo(out)
     click.echo(f"made in {seconds:.1f} s after loading", err=True)
 
@@ -330,54 +280,8 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.ERROR)
     except Exception as error:
-        _report_bug(error, arguments)
+        report_bug(error, arguments)
         sys.exit(ExitCode.BUG)
-
-
-def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the config's own options out of a command's."""
-    names = (
-        "config_path",
-        "checkpoint",
-        "devices",
-        "workers",
-        "batch_size",
-        "overrides",
-    )
-    return {name: options.pop(name) for name in names}
-
-
-def _config(
-    *,
-    config_path: Path | None,
-    checkpoint: Path | None,
-    devices: str | None,
-    workers: int | None,
-    batch_size: int | None,
-    overrides: tuple[str, ...],
-) -> JobConfig:
-    _refuse_both(devices, workers)
-    flags = []
-    if checkpoint:  # a checkpoint says itself what it is
-        flags += [
-            "model.preset=null",
-            f"model.checkpoint={json.dumps(str(checkpoint), ensure_ascii=False)}",
-        ]
-    if devices:
-        flags += [f"runtime.devices={json.dumps(devices)}", "runtime.workers=null"]
-    if workers:
-        flags += [f"runtime.workers={workers}", "runtime.devices=auto"]
-    if batch_size:
-        flags.append(f"runtime.batch_size={batch_size}")
-    return load(config_path, (*flags, *overrides))
-
-
-def _refuse_both(devices: str | None, workers: int | None) -> None:
-    if devices and workers:
-        raise ConfigError(
-            "--devices and --workers exclude each other",
-            hint="--devices is for Ascend, --workers for the CPU",
-        )
 
 
 def _again(
@@ -386,27 +290,14 @@ def _again(
     """Run the job that a folder holds, with its own settings, on these devices."""
     from dataclasses import replace
 
-    from jobs.run import Order, override
+    from jobs.order import Order, override
     from jobs.run import run as run_job
     from jobs.store import Store
 
-    _refuse_both(devices, workers)
+    refuse_both(devices, workers)
     order = Order.stored(Store(folder))
     config = override(order.config, workers=workers, devices=devices)
     return run_job(replace(order, config=config), **options)
-
-
-def _classes(text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
-    names = tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in ERROR_CLASSES:
-            raise ConfigError(
-                f"--only: unknown error class `{name}`",
-                hint=nearest(name, ERROR_CLASSES),
-            )
-    return names
 
 
 def _show(text: str) -> None:
@@ -427,30 +318,3 @@ def _finish(summary: Any) -> None:
         err=True,
     )
     sys.exit(summary.exit_code)
-
-
-def _report_bug(error: Exception, arguments: list[str] | None) -> None:
-    """Write the trace to log.txt, in the job's folder where there is one."""
-    words = sys.argv[1:] if arguments is None else arguments
-    log = _folder_of(words) / "log.txt"
-    text = "".join(traceback.format_exception(error))
-    try:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        with os.fdopen(os.open(log, flags, 0o644), "a", encoding="utf-8") as file:
-            file.write(
-                f"sdxl-jobs {__version__} {' '.join(map(repr, words))}\n{text}\n"
-            )
-        place = f"the trace is in {log}"
-    except OSError:
-        place = "\n".join(printable(line, 500) for line in text.splitlines())
-    line = printable(f"{type(error).__name__}: {error}", 500)
-    click.echo(f"bug: {line}\nhint: please report it; {place}", err=True)
-
-
-def _folder_of(words: list[str]) -> Path:
-    """Guess the job's folder from a command line; the current one where none is."""
-    for before, word in itertools.pairwise(words):
-        is_folder = before in ("--output", "resume", "retry", "verify", "status")
-        if is_folder and (Path(word) / "job.json").exists():
-            return Path(word)
-    return Path()

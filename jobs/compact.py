@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from jobs import parts
-from jobs.errors import OutputError
+from jobs.errors import OutputError, folder_errors
 from jobs.lock import FolderLock
 from jobs.model import file_sha256
-from jobs.run import Order, folder_errors
+from jobs.order import Order
 from jobs.store import Store
 
 

@@ -97,6 +97,13 @@ def parse_devices(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+def cores() -> int:
+    """Count the processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _listed(text: str, present: int) -> tuple[int, ...]:
     """Read what the environment lists, as strictly as CANN does.
 

@@ -16,8 +16,10 @@ A row that can't be used is not an error but a result with the status `invalid`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -65,6 +67,18 @@ class MismatchError(OutputError):
 
 class WorkerError(JobError):
     pass
+
+
+@contextmanager
+def folder_errors(root: Path) -> Iterator[None]:
+    """Turn what a full, failing, read-only or vanished folder raises into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"can't go on in {root}: {error.strerror or error}",
+            hint="make room or repair the folder, then `sdxl-jobs resume` it",
+        ) from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from jobs import plan
-from jobs.config import JobConfig, resolve
+from jobs.config import JobConfig
 from jobs.errors import printable
 from jobs.images import BYTES_PER_PIXEL
 from jobs.manifest import Manifest, open_manifest
 from jobs.model import native_size
 from jobs.progress import duration
 from jobs.records import Rejected
+from jobs.resolved import resolve
+from jobs.survey import survey
 
 CHUNK = 4_096
 SHOWN = 20
@@ -37,7 +39,7 @@ def estimate(
         manifest_path, prompt_column=prompt_column, id_column=id_column
     )
     resolved = resolve(config, native_size=native_size(config.model))
-    found = plan.survey(manifest, resolved, limit)
+    found = survey(manifest, resolved, limit)
     pixels = sum(w * h * n for (w, h, _), n in found.image_steps.items())
     work = sum(w * h * s * n for (w, h, s), n in found.image_steps.items())
     devices = len(resolved.devices)

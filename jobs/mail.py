@@ -1,7 +1,8 @@
-"""Orders to a worker, sent by a thread of their own.
+"""Mail between the supervisor and a worker: orders one way, news the other.
 
 A pipe takes only so much; a worker that is stopped or busy in a call that lets nothing
-else run does not read it. The supervisor must not wait for such a one.
+else run does not read it. The supervisor must not wait for such a one, so its orders
+are sent by a thread of their own.
 """
 
 from __future__ import annotations
@@ -33,3 +34,15 @@ class Mail:
         with contextlib.suppress(OSError, TypeError, ValueError):
             while (message := self._waiting.get()) is not None:
                 self._pipe.send(message)
+
+
+class Outbox:
+    """The pipe to the supervisor, safe to write from several threads."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def send(self, kind: str, **content: Any) -> None:
+        with self._lock:
+            self._pipe.send((kind, content))

@@ -1,31 +1,23 @@
 """Requests -> tasks -> batches -> shards. Pure: it makes nothing.
 
-    survey    reads the manifest once: counts, bad rows, repeated ids
-    tasks     reads it again, lazily: one Task per image, every setting filled in
+    tasks     reads the manifest, lazily: one Task per image, every setting filled in
     batches   groups tasks that share one graph call, in the manifest's order
     shards    groups batches of one compiled graph into leases
 
-Memory: the survey keeps 16 bytes per row, everything after it is a stream.
+Everything is a stream; only what was told apart or is waiting for its batch is kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
-from operator import attrgetter
 from typing import Any
 
-import numpy as np
-
-from jobs.config import Resolved, SamplingSection
 from jobs.errors import printable
 from jobs.images import init_size
 from jobs.manifest import Manifest
-from jobs.progress import counted
+from jobs.method import given, method_of
 from jobs.records import (
     Batch,
     Rejected,
@@ -36,98 +28,10 @@ from jobs.records import (
     hash64,
     image_id,
 )
-from jobs.store import Index
+from jobs.resolved import Resolved
+from jobs.sections import SamplingSection
 
-SHOWN_REJECTIONS = 1_000
 OPEN_TASKS = 65_536
-CHUNK = 8_192
-
-
-@dataclass(slots=True, kw_only=True)
-class Survey:
-    """What one reading of the manifest found.
-
-    `ids` and `contents` are uint64 arrays, one entry per request: the hash of the
-    prompt id and of the whole row. `repeated` holds the hashes of ids that stand more
-    than once.
-    """
-
-    rows: int = 0
-    tasks: int = 0
-    pending: int = 0
-    invalid: int = 0
-    rejections: list[Rejected] = field(default_factory=list)
-    graphs: Counter[tuple[int, int, str]] = field(default_factory=Counter)
-    image_steps: Counter[tuple[int, int, int]] = field(default_factory=Counter)
-    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    contents: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    repeated: frozenset[int] = frozenset()
-    warnings: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def requests(self) -> int:
-        return self.rows - self.invalid
-
-
-def survey(
-    manifest: Manifest,
-    resolved: Resolved,
-    limit: int | None = None,
-    index: Index | None = None,
-) -> Survey:
-    """Count what the manifest asks for; one reading, a second one where ids repeat.
-
-    With an `index` of what is done, also count the tasks that are still to make.
-    """
-    found = _survey(manifest, resolved, limit, index, frozenset())
-    repeated = _repeated(found.ids)
-    if repeated:
-        found = _survey(manifest, resolved, limit, index, repeated)
-    return found
-
-
-def _survey(
-    manifest: Manifest,
-    resolved: Resolved,
-    limit: int | None,
-    index: Index | None,
-    repeated: frozenset[int],
-) -> Survey:
-    ids, contents = array("Q"), array("Q")
-    names: list[str] = []
-    done = 0
-    eps_trained = resolved.model.scaling == "EpsScaling"
-    found = Survey(repeated=repeated)
-    rows = checked(manifest, resolved, repeated, limit)
-    for row in counted(rows, f"reading {manifest.path.name}"):
-        found.rows += 1
-        if isinstance(row, Rejected):
-            found.invalid += 1
-            if len(found.rejections) < SHOWN_REJECTIONS:
-                found.rejections.append(row)
-            continue
-        ids.append(hash64(row.prompt_id))
-        contents.append(row.content)
-        images = _images(row, resolved)
-        found.tasks += images
-        if eps_trained and (warning := _method(row, resolved.sampling).warning):
-            found.warnings[warning] += 1
-        width, height = size_of(row, resolved)
-        guider = row.guider or resolved.guider
-        steps = row.steps or resolved.sampling.steps
-        found.graphs[width, height, guider] += images
-        found.image_steps[width, height, steps] += images
-        if index is not None:
-            names.extend(image_id(row.prompt_id, i) for i in range(images))
-            if len(names) >= CHUNK:
-                done += int(index.is_done(names).sum())
-                names.clear()
-    if index is not None:
-        done += int(index.is_done(names).sum())
-    found.pending = found.tasks - done
-    found.ids = np.array(ids, np.uint64)
-    found.contents = np.array(contents, np.uint64)
-    return found
 
 
 def checked(
@@ -154,7 +58,7 @@ def checked(
 
 def tasks_of(request: Request, resolved: Resolved) -> Iterator[Task]:
     """Resolve one request into its images."""
-    for index in range(_images(request, resolved)):
+    for index in range(image_count(request, resolved)):
         yield task_of(request, resolved, index)
 
 
@@ -162,7 +66,7 @@ def task_of(request: Request, resolved: Resolved, index: int) -> Task:
     """Resolve the `index`-th image of a request: defaults are filled in here alone."""
     job = resolved.sampling
     width, height = size_of(request, resolved)
-    method = _method(request, job)
+    method = method_of(request, job)
     negative = request.negative_prompt
     return Task(
         image_id=image_id(request.prompt_id, index),
@@ -177,20 +81,20 @@ def task_of(request: Request, resolved: Resolved, index: int) -> Task:
         discretization=method.discretization,
         guider=request.guider or resolved.guider,
         steps=method.steps,
-        guidance_scale=_first(request.guidance_scale, job.guidance_scale),
+        guidance_scale=given(request.guidance_scale, job.guidance_scale),
         **method.options,
         width=width,
         height=height,
-        original_width=_first(request.original_width, width),
-        original_height=_first(request.original_height, height),
-        crop_top=_first(request.crop_top, 0),
-        crop_left=_first(request.crop_left, 0),
-        target_width=_first(request.target_width, width),
-        target_height=_first(request.target_height, height),
+        original_width=given(request.original_width, width),
+        original_height=given(request.original_height, height),
+        crop_top=given(request.crop_top, 0),
+        crop_left=given(request.crop_left, 0),
+        target_width=given(request.target_width, width),
+        target_height=given(request.target_height, height),
         **_scores(request, resolved),
         **_thresholding(request, job),
         init_image=request.init_image,
-        strength=_first(request.strength, job.strength) if request.init_image else None,
+        strength=given(request.strength, job.strength) if request.init_image else None,
         extras=request.extras,
     )
 
@@ -256,11 +160,6 @@ def limited(manifest: Manifest, limit: int | None) -> Iterator[Request | Rejecte
         yield row
 
 
-def _repeated(ids: np.ndarray) -> frozenset[int]:
-    ordered = np.sort(ids)
-    return frozenset(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-
-
 def _told_apart(
     row: Request, repeated: frozenset[int], seen: dict[int, str], copies: Counter[int]
 ) -> Request | Rejected:
@@ -285,7 +184,7 @@ def _impossible(row: Request, resolved: Resolved) -> str | None:
         return "strength: does not apply without init_image"
     if row.aesthetic_score is not None and not resolved.scores_aesthetics:
         return "aesthetic_score: applies to a refiner alone"
-    return _method(row, resolved.sampling).problem
+    return method_of(row, resolved.sampling).problem
 
 
 def _rejected(row: Request, reason: str) -> Rejected:
@@ -306,92 +205,20 @@ def _scores(request: Request, resolved: Resolved) -> dict[str, float | None]:
     names = ("aesthetic_score", "negative_aesthetic_score")
     if not resolved.scores_aesthetics:
         return dict.fromkeys(names)
-    return {name: _first(getattr(request, name), getattr(job, name)) for name in names}
+    return {name: given(getattr(request, name), getattr(job, name)) for name in names}
 
 
 def _thresholding(request: Request, job: SamplingSection) -> dict[str, float | None]:
     """Give dynamic thresholding's ratio and maximum; both None when it is off."""
-    ratio = _first(request.thresholding_ratio, job.thresholding_ratio)
-    most = _first(request.thresholding_maximum, job.thresholding_maximum)
+    ratio = given(request.thresholding_ratio, job.thresholding_ratio)
+    most = given(request.thresholding_maximum, job.thresholding_maximum)
     return {
         "thresholding_ratio": ratio,
         "thresholding_maximum": None if ratio is None else most,
     }
 
 
-SIGMA_OPTIONS = ("sigma_min", "sigma_max", "rho")
-OPTIONS = (*SIGMA_OPTIONS, "eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
-_asked_options = attrgetter(*OPTIONS)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """How a request is sampled: names, steps, and every option's effective value.
-
-    An option is None where it does not apply. `problem` says what can't be done about
-    the combination, each part of which is fine by itself.
-    """
-
-    sampler: str
-    discretization: str
-    steps: int
-    options: dict[str, float | None]
-    problem: str | None
-    warning: str | None
-
-
-def _method(request: Request, job: SamplingSection) -> Method:
-    return _resolved_method(
-        request.sampler or job.sampler,
-        request.discretization or job.discretization,
-        request.steps or job.steps,
-        _asked_options(request),
-        _asked_options(job),
-    )
-
-
-@lru_cache(maxsize=65_536)
-def _resolved_method(
-    sampler: str,
-    discretization: str,
-    steps: int,
-    asked: tuple[float | None, ...],
-    usual: tuple[float | None, ...],
-) -> Method:
-    """Resolve a combination once: a manifest repeats few of them many times."""
-    from sdxl.samplers import SAMPLERS
-    from sdxl.schedule import DISCRETIZATIONS, outside_trained_range, sigmas
-
-    spacing = DISCRETIZATIONS[discretization]
-    defaults = {**SAMPLERS[sampler].options, **spacing.defaults}
-    options: dict[str, float | None] = dict.fromkeys(OPTIONS)
-    problem = None
-    for name, by_row, by_job in zip(OPTIONS, asked, usual, strict=True):
-        if name in defaults:
-            options[name] = _first(by_row, _first(by_job, defaults[name]))
-        elif by_row is not None:
-            owner = discretization if name in SIGMA_OPTIONS else sampler
-            problem = f"{name}: does not apply to {owner}"
-    if steps > spacing.max_steps:
-        problem = f"steps: {steps} is above the {spacing.max_steps} of {discretization}"
-    low, high = options["sigma_min"], options["sigma_max"]
-    if low is not None and high is not None and low >= high:
-        problem = f"sigma_min: {low:g} is not below sigma_max, {high:g}"
-    warning = None
-    if not problem:
-        asked_sigmas = dict(zip(OPTIONS[:3], (low, high, options["rho"]), strict=True))
-        warning = outside_trained_range(sigmas(discretization, steps, **asked_sigmas))
-    return Method(
-        sampler=sampler,
-        discretization=discretization,
-        steps=steps,
-        options=options,
-        problem=problem,
-        warning=warning,
-    )
-
-
-def _images(request: Request, resolved: Resolved) -> int:
+def image_count(request: Request, resolved: Resolved) -> int:
     return request.num_images or resolved.sampling.num_images
 
 
@@ -401,7 +228,3 @@ def _seed(request: Request, job_seed: int, index: int) -> int:
     from sdxl.noise import MAX_SEED
 
     return (request.seed + index) % (MAX_SEED + 1)
-
-
-def _first(value: Any, default: Any) -> Any:
-    return default if value is None else value

@@ -16,23 +16,19 @@ A worker that hangs is killed and treated as dead: in a call that takes longer t
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
-from jobs import worker
 from jobs.errors import OutputError, WorkerError
 from jobs.leases import give_back
-from jobs.mail import Mail
 from jobs.parts import result_schema
 from jobs.records import Shard, Task, failure_row
-from jobs.slot import Slot, death, overdue
+from jobs.signals import Stop
+from jobs.slot import END_SECONDS, Slot, death, overdue
 from jobs.store import MERGE_AT, Store
 from jobs.worker import WorkerSpec
 
@@ -42,8 +38,6 @@ MAX_LOSSES = 5
 MAX_BLAMED = 20
 BACK_OFF_SECONDS = 1.0
 MAX_BACK_OFF_SECONDS = 30.0
-END_SECONDS = 30.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Observer(Protocol):
@@ -56,13 +50,6 @@ class Observer(Protocol):
     def tick(self, workers: list[dict[str, Any]]) -> None: ...
 
     def say(self, line: str) -> None: ...
-
-
-@dataclass(slots=True)
-class Stop:
-    """How often the user has asked to stop: once to finish the batch, twice for now."""
-
-    asked: int = 0
 
 
 class Pool:
@@ -124,26 +111,7 @@ class Pool:
             return
         for slot in self._slots:
             if slot.state == "waiting" and time.monotonic() >= slot.start_at:
-                self._start(slot)
-
-    def _start(self, slot: Slot) -> None:
-        slot.generation += 1
-        slot.announced = set()
-        spec = dataclasses.replace(slot.spec, name=slot.name)
-        ours, theirs = self._context.Pipe()
-        slot.process = self._context.Process(
-            target=worker.main, args=(spec, theirs), name=slot.name
-        )
-        # Blocked at birth: a signal to the whole group is for the supervisor alone.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            slot.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-        slot.pipe, slot.mail, slot.state = ours, Mail(ours), "starting"
-        slot.heard_at = slot.call_since = time.monotonic()
-        slot.first_call, slot.killed_at = True, None
+                slot.start(self._context)
 
     def _feed(self) -> None:
         if self._stop.asked:
@@ -155,7 +123,7 @@ class Pool:
                 shard = self._next_shard(careful_fits=not slot.leases)
                 if shard is None:
                     return
-                self._lease(slot, shard)
+                slot.lease(shard)
 
     def _next_shard(self, careful_fits: bool) -> Shard | None:
         if self._returned and careful_fits:
@@ -167,13 +135,6 @@ class Pool:
             self._exhausted = True
         return None
 
-    def _lease(self, slot: Slot, shard: Shard) -> None:
-        assert slot.mail is not None
-        slot.pending.update((task.image_id, task) for task in shard.tasks)
-        slot.leases.add(shard.number)
-        slot.careful = any(task.tries for task in shard.tasks)
-        slot.mail.send("shard", shard)
-
     def _heed_stop(self) -> None:
         if self._stop.asked >= 2:
             self._kill_all()
@@ -182,7 +143,7 @@ class Pool:
             self._observer.say("stopping: finishing the batches in flight")
             for slot in self._slots:
                 if slot.state == "starting":
-                    self._kill(slot)
+                    slot.kill()
                 elif slot.mail:
                     slot.mail.send("stop")
 
@@ -300,7 +261,7 @@ class Pool:
         assert slot.process is not None
         slot.process.join(timeout=1)
         code = slot.process.exitcode
-        self._close(slot)
+        slot.close()
         if slot.state == "ended" or self._stop.asked:
             slot.state = "ended"
             return
@@ -375,7 +336,7 @@ class Pool:
         """Tell all workers that there is no more, and wait for them."""
         for slot in self._slots:
             if slot.state == "starting":
-                self._kill(slot)
+                slot.kill()
             elif slot.mail:
                 slot.mail.send("end")
         deadline = time.monotonic() + END_SECONDS
@@ -386,18 +347,4 @@ class Pool:
 
     def _kill_all(self) -> None:
         for slot in self._slots:
-            self._kill(slot)
-
-    def _kill(self, slot: Slot) -> None:
-        if slot.process:
-            slot.process.kill()
-            slot.process.join(timeout=END_SECONDS)
-        self._close(slot)
-        slot.state = "ended"
-
-    def _close(self, slot: Slot) -> None:
-        if slot.mail:
-            slot.mail.close()
-        if slot.pipe:
-            slot.pipe.close()
-        slot.process = slot.pipe = slot.mail = None
+            slot.kill()

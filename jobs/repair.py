@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from jobs import parts, seal
+from jobs.errors import folder_errors
 from jobs.findings import Finding, Report
 from jobs.lock import FolderLock
-from jobs.run import folder_errors
 from jobs.store import Store, publish, sync_folder
 from jobs.verify import Inspection, refuse_running
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from jobs import images, parts
 from jobs.books import resolved_again
-from jobs.config import cores
+from jobs.devices import cores
 from jobs.errors import ConfigError, ModelError, OutputError
 from jobs.model import open_model
+from jobs.order import Order
 from jobs.records import RESULT_COLUMNS, Task, picture_settings, task_row
-from jobs.run import Order
 from jobs.stages import load_pipeline, make, pipeline_name, pipeline_options
 from jobs.store import Store, publish
 

@@ -9,15 +9,12 @@ Everything that can be refused is refused before the first worker starts.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import platform
 import shutil
-import signal
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,97 +22,27 @@ from typing import Any
 
 import jobs
 from jobs import plan
-from jobs.config import JobConfig, Resolved, cores, fingerprint, from_dict, resolve
-from jobs.errors import ExitCode, JobError, MismatchError, OutputError
+from jobs.binding import fields_of, fingerprint, refuse_other_job
+from jobs.devices import cores
+from jobs.errors import JobError, folder_errors
 from jobs.images import BYTES_PER_PIXEL
 from jobs.lock import FolderLock
 from jobs.manifest import Manifest, open_manifest
 from jobs.model import Model, file_sha256, open_model, open_refiner
+from jobs.order import Order, Retry, Summary
 from jobs.parts import result_schema
-from jobs.pool import Pool, Stop
+from jobs.pool import Pool
 from jobs.progress import Progress
 from jobs.records import SCHEMA_VERSION, Rejected, Task, invalid_row
+from jobs.resolved import Resolved, resolve
+from jobs.signals import Stop, interruptible, stopping
 from jobs.stages import pipeline_name, pipeline_options
 from jobs.store import Index, Store
+from jobs.survey import Survey, survey
 from jobs.worker import WorkerSpec
 
 CHUNK = 2_048
 STATUS_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """What a user asks for: the settings, the manifest and where results go."""
-
-    config: JobConfig
-    manifest: Path
-    output: Path
-    limit: int | None = None
-    prompt_column: str = "prompt"
-    id_column: str = "id"
-
-    @classmethod
-    def stored(cls, store: Store) -> Order:
-        """Read back the order that a folder was started with."""
-        asked = store.read_job()["asked"]
-        try:
-            return cls(
-                config=from_dict(asked["config"]),
-                manifest=Path(asked["manifest"]),
-                output=store.root,
-                limit=asked["limit"],
-                prompt_column=asked["prompt_column"],
-                id_column=asked["id_column"],
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise OutputError(
-                f"{store.job} does not say what was asked for: {error!r}",
-                hint="start again with the same `run` command",
-            ) from None
-
-    def as_dict(self) -> dict[str, Any]:
-        tree = self.config.as_dict()
-        checkpoint = tree["model"]["checkpoint"]
-        if checkpoint:
-            tree["model"]["checkpoint"] = str(Path(checkpoint).resolve())
-        if tree["refiner"]["checkpoint"]:
-            tree["refiner"]["checkpoint"] = str(
-                Path(tree["refiner"]["checkpoint"]).resolve()
-            )
-        for lora in tree["model"]["loras"]:
-            lora["path"] = str(Path(lora["path"]).resolve())
-        return {
-            "config": tree,
-            "manifest": str(self.manifest.resolve()),
-            "limit": self.limit,
-            "prompt_column": self.prompt_column,
-            "id_column": self.id_column,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retry:
-    """Which failed rows to make again: all, or those of some error classes."""
-
-    only: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """How a run ended."""
-
-    results: Path | None
-    counts: dict[str, int]
-    made: int
-    images_per_s: float
-    interrupted: bool
-
-    @property
-    def exit_code(self) -> ExitCode:
-        if self.interrupted:
-            return ExitCode.INTERRUPTED
-        bad = self.counts["failed"] + self.counts["invalid"]
-        return ExitCode.PARTIAL if bad else ExitCode.OK
 
 
 def run(
@@ -129,7 +56,7 @@ def run(
         JobError: what is asked for can't be done, or the folder can't be written.
         KeyboardInterrupt: a signal came before or after the pictures were in work.
     """
-    with _stoppable():
+    with interruptible():
         return _run(order, pipeline, retry)
 
 
@@ -161,18 +88,6 @@ def _run(order: Order, pipeline: str, retry: Retry | None) -> Summary:
         ).execute()
 
 
-@contextmanager
-def folder_errors(root: Path) -> Iterator[None]:
-    """Turn what a full, failing, read-only or vanished folder raises into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"can't go on in {root}: {error.strerror or error}",
-            hint="make room or repair the folder, then `sdxl-jobs resume` it",
-        ) from None
-
-
 @dataclass
 class _Run:
     order: Order
@@ -191,18 +106,16 @@ class _Run:
     _last_status: float = 0.0
 
     def execute(self) -> Summary:
-        fields = self.resolved.pixels_depend_on() | {"checkpoint": self.model.sha256}
-        if self.refiner:
-            fields["refiner.checkpoint"] = self.refiner.sha256
+        fields = fields_of(self.resolved, self.model, self.refiner)
         self.fingerprint = fingerprint(fields)
-        self._compare(fields)
+        refuse_other_job(self.store, fields)
         self.store.prepare()
 
         self.store.merge_leftovers()
         index = self.store.index()
         if self.retry:
             index = index.retrying(self.retry.only)
-        found = plan.survey(self.manifest, self.resolved, self.order.limit, index)
+        found = survey(self.manifest, self.resolved, self.order.limit, index)
         whole = self.order.limit is None
         self.rows_read = found.rows
         self.store.check_rows(
@@ -212,7 +125,7 @@ class _Run:
         self.store.remember_rows(found.ids, found.contents)
 
         started = time.monotonic()
-        with Progress(found.pending) as progress, _signals(self.stop, progress):
+        with Progress(found.pending) as progress, stopping(self.stop):
             self.progress = progress
             self.counts = index.counts() | {"invalid": 0}
             if self.retry:
@@ -224,7 +137,7 @@ class _Run:
             made = progress.done - progress.failed
         return self._finish(found, made, made / seconds if made else 0.0)
 
-    def _place(self, found: plan.Survey, position: int) -> str:
+    def _place(self, found: Survey, position: int) -> str:
         """Say where the request at a position of the survey stands in the manifest."""
         rows = plan.checked(
             self.manifest, self.resolved, found.repeated, self.order.limit
@@ -232,7 +145,7 @@ class _Run:
         requests = (row for row in rows if not isinstance(row, Rejected))
         return next(itertools.islice(requests, position, None)).location
 
-    def _announce(self, found: plan.Survey) -> None:
+    def _announce(self, found: Survey) -> None:
         done = found.tasks - found.pending
         workers = len(self.resolved.devices)
         self.progress.say(
@@ -245,7 +158,7 @@ class _Run:
             self.progress.say(f"warning: {warning} ({rows} rows)")
         self._warn_of_full_disk(found)
 
-    def _warn_of_full_disk(self, found: plan.Survey) -> None:
+    def _warn_of_full_disk(self, found: Survey) -> None:
         pixels = sum(w * h * n for (w, h, _), n in found.image_steps.items())
         share = found.pending / found.tasks if found.tasks else 0
         need = pixels * share * BYTES_PER_PIXEL[self.resolved.output.format]
@@ -256,28 +169,7 @@ class _Run:
                 f"{free / 1e9:.1f} GB are free; a full disk stops the run, resumable"
             )
 
-    def _compare(self, fields: dict[str, Any]) -> None:
-        """Refuse a folder that belongs to a job with other pixels."""
-        if not self.store.job.exists():
-            if self.store.fingerprints() - {self.fingerprint}:
-                raise MismatchError(
-                    f"{self.store.root} holds another job's rows; its job.json is gone",
-                    hint="`sdxl-jobs verify --repair` restores it from its copy",
-                )
-            return
-        held = self.store.read_job()["fingerprint_fields"]
-        different = [k for k in fields | held if fields.get(k) != held.get(k)]
-        if different:
-            shown = "; ".join(
-                f"{k}: `{_brief(held.get(k))}` there, `{_brief(fields.get(k))}` asked"
-                for k in sorted(different)
-            )
-            raise MismatchError(
-                f"{self.store.root} belongs to another job: {shown}",
-                hint="use a new output folder, or the settings it was started with",
-            )
-
-    def _write_job(self, fields: dict[str, Any], found: plan.Survey) -> None:
+    def _write_job(self, fields: dict[str, Any], found: Survey) -> None:
         job = {
             "schema_version": SCHEMA_VERSION,
             "sdxl_jobs_version": jobs.__version__,
@@ -293,7 +185,7 @@ class _Run:
         self.store.write_json(self.store.copy_of_job(self.run_id), job, "copy")
         self.store.write_json(self.store.job, job, "job")
 
-    def _work(self, found: plan.Survey, index: Index) -> None:
+    def _work(self, found: Survey, index: Index) -> None:
         tasks = self._tasks(found, index)
         workers = min(len(self.resolved.devices), max(1, found.pending))
         specs = [self._spec(device) for device in self.resolved.devices[:workers]]
@@ -312,7 +204,7 @@ class _Run:
         if not self.stop.asked:
             self._write_invalid()
 
-    def _tasks(self, found: plan.Survey, index: Index) -> Iterator[Task]:
+    def _tasks(self, found: Survey, index: Index) -> Iterator[Task]:
         """Yield the tasks that have no result yet; note the invalid rows on the way."""
         waiting: list[Task] = []
         rows = plan.checked(
@@ -379,7 +271,7 @@ class _Run:
             provenance=self._provenance(),
         )
 
-    def _finish(self, found: plan.Survey, made: int, rate: float) -> Summary:
+    def _finish(self, found: Survey, made: int, rate: float) -> Summary:
         stopped = self.stop.asked > 0
         results = None
         if not stopped:
@@ -445,16 +337,6 @@ class _Run:
         )
 
 
-def override(config: JobConfig, **runtime: Any) -> JobConfig:
-    """Replace runtime settings that were given, for a resume on other devices."""
-    given = {name: value for name, value in runtime.items() if value is not None}
-    if "workers" in given:
-        given["devices"] = "auto"
-    if "devices" in given:
-        given.setdefault("workers", None)
-    return replace(config, runtime=replace(config.runtime, **given))
-
-
 def _not_done(tasks: list[Task], index: Index) -> Iterator[Task]:
     ids = [task.image_id for task in tasks]
     done, tried = index.is_done(ids), index.attempts_of(ids)
@@ -463,45 +345,6 @@ def _not_done(tasks: list[Task], index: Index) -> Iterator[Task]:
             yield replace(task, attempts=before, earlier=before) if before else task
 
 
-@contextmanager
-def _signals(stop: Stop, progress: Progress) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and Slurm's SIGUSR1 into a request to stop."""
-
-    def ask(number: int, frame: Any) -> None:
-        stop.asked += 1
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let the signals to stop end planning and compacting as SIGINT does.
-
-    Both leave the folder as it was: what they write is published whole or not at all.
-    """
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _new_run_id() -> str:
     now = datetime.now(timezone.utc)
     return f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-
-
-def _brief(value: Any) -> str:
-    return json.dumps(value, default=str)[:60].strip('"')

@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 from jobs import images, plan, settings
-from jobs.config import JobConfig, cores, resolve
+from jobs.config import JobConfig
+from jobs.devices import cores
 from jobs.errors import ConfigError, OutputError
 from jobs.model import open_model
 from jobs.records import Request, hash64, picture_settings, task_row
+from jobs.resolved import resolve
 from jobs.stages import load_pipeline, make, pipeline_name, pipeline_options
 from jobs.store import publish
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import signal
+import time
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from jobs import process
 from jobs.mail import Mail
-from jobs.records import Task
+from jobs.records import Shard, Task
+from jobs.signals import STOP_SIGNALS
 from jobs.worker import WorkerSpec
 
+END_SECONDS = 30.0
 FIRST_CALL_SECONDS = 3600.0
 SILENT_SECONDS = 300.0
 SILENT_IN_CALL_SECONDS = 3600.0
@@ -50,6 +56,49 @@ class Slot:
     @property
     def name(self) -> str:
         return f"{self.spec.name}-{self.generation}"
+
+    def start(self, context: SpawnContext) -> None:
+        """Start a process of the next generation on this place's device."""
+        self.generation += 1
+        self.announced = set()
+        spec = replace(self.spec, name=self.name)
+        ours, theirs = context.Pipe()
+        self.process = context.Process(
+            target=process.main, args=(spec, theirs), name=self.name
+        )
+        # Blocked at birth: a signal to the whole group is for the supervisor alone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        self.pipe, self.mail, self.state = ours, Mail(ours), "starting"
+        self.heard_at = self.call_since = time.monotonic()
+        self.first_call, self.killed_at = True, None
+
+    def lease(self, shard: Shard) -> None:
+        """Give the worker a shard; its tasks are pending until a part has them."""
+        assert self.mail is not None
+        self.pending.update((task.image_id, task) for task in shard.tasks)
+        self.leases.add(shard.number)
+        self.careful = any(task.tries for task in shard.tasks)
+        self.mail.send("shard", shard)
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.join(timeout=END_SECONDS)
+        self.close()
+        self.state = "ended"
+
+    def close(self) -> None:
+        """Let go of a process that has ended."""
+        if self.mail:
+            self.mail.close()
+        if self.pipe:
+            self.pipe.close()
+        self.process = self.pipe = self.mail = None
 
     def describe(self) -> dict[str, Any]:
         made, seconds = self.stats.get("made", 0), self.stats.get("seconds", 0.0)

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from jobs import images
-from jobs.config import Resolved
 from jobs.records import Task
+from jobs.resolved import Resolved
 
 ONE_STAGE = "sdxl.pipeline:Pipeline.load"
 TWO_STAGES = "sdxl.two_stage:TwoStage.load"

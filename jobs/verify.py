@@ -25,14 +25,14 @@ import numpy as np
 
 from jobs import images, parts, seal
 from jobs.books import Asked, read_manifest, settings_hash
-from jobs.config import cores
+from jobs.devices import cores
 from jobs.errors import JobError, LockedError, OutputError, printable
 from jobs.findings import Finding, Report
 from jobs.lock import is_alive, read_holder
+from jobs.order import Order
 from jobs.parts import STATUSES
 from jobs.progress import tracked
 from jobs.records import RESULT_COLUMNS, image_path
-from jobs.run import Order
 from jobs.settings import MAX_SIDE
 from jobs.store import FOLDERS, TEMPORARY, Store
 

@@ -15,13 +15,9 @@ A call that fails is split in half until the task that breaks it stands alone.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import multiprocessing
 import os
 import queue
-import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -37,7 +33,7 @@ import numpy as np
 
 from jobs import images
 from jobs.config import OutputSection
-from jobs.devices import binding
+from jobs.mail import Outbox
 from jobs.parts import result_schema
 from jobs.records import (
     Batch,
@@ -48,12 +44,10 @@ from jobs.records import (
     picture_settings,
     task_row,
 )
-from jobs.stages import Made, PipelineLike, load_pipeline, make
+from jobs.stages import Made, PipelineLike, make
 from jobs.store import Store, make_folder, publish
 
 COMMIT_SECONDS = 30.0
-BEAT_SECONDS = 5.0
-PR_SET_PDEATHSIG = 1
 Row = dict[str, Any]
 
 
@@ -76,43 +70,6 @@ class WorkerSpec:
     output: OutputSection
     extras: Any
     provenance: Row
-
-
-def main(spec: WorkerSpec, pipe: Connection) -> None:
-    """Run a worker until it is told to end. The process starts here."""
-    outbox = Outbox(pipe)
-    try:
-        _settle(spec)
-    except OSError as error:  # not even its log can be opened
-        outbox.send("fatal", error=message_of(error))
-        return
-    try:
-        pipeline, info = _load(spec)
-    except Exception as error:
-        _log_trace()
-        outbox.send("failed", error=message_of(error))
-        return
-    outbox.send("ready", **info)
-    threading.Thread(target=_beat, args=(outbox,), daemon=True).start()
-    worker = Worker(spec, pipeline, outbox, info)
-    threading.Thread(target=worker.listen, args=(pipe,), daemon=True).start()
-    try:
-        worker.run()
-    except OSError as error:
-        _log_trace()
-        outbox.send("fatal", error=message_of(error))
-
-
-class Outbox:
-    """The pipe to the supervisor, safe to write from several threads."""
-
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-        self._lock = threading.Lock()
-
-    def send(self, kind: str, **content: Any) -> None:
-        with self._lock:
-            self._pipe.send((kind, content))
 
 
 @dataclass
@@ -186,7 +143,7 @@ class Worker:
         try:
             return [self._call(tasks)]
         except Exception as error:
-            _log_trace()
+            log_trace()
             if len(tasks) > 1:
                 half = len(tasks) // 2
                 return self._attempt(tasks[:half]) + self._attempt(tasks[half:])
@@ -341,68 +298,13 @@ def message_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {first.strip(' -')}"[:1_000]
 
 
-def _token_counts(prompts: Sequence[str]) -> np.ndarray:
-    from sdxl.tokenizer import count_tokens
-
-    return count_tokens(prompts)
-
-
-def _settle(spec: WorkerSpec) -> None:
-    """Bind the process to its device and its log before anything heavy is imported."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    _die_with_parent()
-    if spec.device_target == "Ascend":
-        os.environ.update(binding(spec.device_id))
-    else:
-        os.environ.setdefault("OMP_NUM_THREADS", str(spec.threads))
-    os.environ.setdefault("GLOG_v", "3")
-    log = (spec.root / "logs" / f"{spec.name}.log").open("ab", buffering=0)
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-
-
-def _log_trace() -> None:
+def log_trace() -> None:
     """Write the trace to the worker's log, which may lie on a full disk."""
     with contextlib.suppress(OSError):
         traceback.print_exc()
 
 
-def _die_with_parent() -> None:
-    """Have the kernel end this process with its supervisor, in mid-call even (Linux).
+def _token_counts(prompts: Sequence[str]) -> np.ndarray:
+    from sdxl.tokenizer import count_tokens
 
-    Elsewhere the closed pipe does it, as soon as the call in flight lets go.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid != os.getppid():
-        os._exit(1)
-
-
-def _beat(outbox: Outbox) -> None:
-    """Tell the supervisor now and then that this process is alive."""
-    while True:
-        time.sleep(BEAT_SECONDS)
-        try:
-            outbox.send("beat")
-        except OSError:
-            return
-
-
-def _load(spec: WorkerSpec) -> tuple[PipelineLike, Row]:
-    pipeline = load_pipeline(spec.pipeline, spec.pipeline_options)
-    mindspore = sys.modules.get("mindspore")
-    if mindspore and spec.device_target == "Ascend":
-        _check_binding(mindspore)
-    version = getattr(mindspore, "__version__", None)
-    return pipeline, {"pid": os.getpid(), "mindspore_version": version}
-
-
-def _check_binding(mindspore: Any) -> None:
-    visible = mindspore.hal.device_count("Ascend")
-    if visible != 1:
-        raise RuntimeError(
-            f"{visible} devices are visible to this worker instead of one: "
-            "ASCEND_RT_VISIBLE_DEVICES did not take effect"
-        )
+    return count_tokens(prompts)

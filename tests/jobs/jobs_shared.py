@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from jobs.config import load
-from jobs.run import Order, run
+from jobs.order import Order
+from jobs.run import run
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

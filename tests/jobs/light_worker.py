@@ -3,7 +3,7 @@
 A million files say little about the supervisor, which never sees them.
 """
 
-from jobs import worker
+from jobs import process, worker
 
 NO_IMAGE = {
     "image_format": "png",
@@ -20,8 +20,8 @@ class LightWorker(worker.Worker):
 
 
 def main(spec, pipe):
-    worker.Worker = LightWorker
+    process.Worker = LightWorker
     original_main(spec, pipe)
 
 
-original_main = worker.main
+original_main = process.main

@@ -21,7 +21,7 @@ from pathlib import Path
 from jobs_shared import FAKE, ROOT, order
 from soak import put_into
 
-from jobs import pool, run
+from jobs import process, run
 from jobs.progress import duration
 from jobs.store import Store
 
@@ -35,7 +35,7 @@ def phase(asked):
     if asked.light:
         import light_worker
 
-        pool.worker.main = light_worker.main
+        process.main = light_worker.main
     started = time.monotonic()
     times = {}
 

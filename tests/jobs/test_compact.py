@@ -8,7 +8,7 @@ from jobs_shared import FAKE, order, rows_of, write_csv
 from jobs import cli, run, seal
 from jobs.compact import compact
 from jobs.errors import OutputError
-from jobs.run import Order
+from jobs.order import Order
 from jobs.store import Store
 
 

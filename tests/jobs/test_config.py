@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from jobs_shared import ROOT
 
 from jobs import settings as row_settings
-from jobs.config import fingerprint, from_dict, load, resolve
+from jobs.binding import fingerprint
+from jobs.config import from_dict, load
 from jobs.errors import ConfigError
+from jobs.resolved import resolve
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 from jobs_shared import FAKE, order, rows_of, write_csv
 
-from jobs import devices, worker
-from jobs.config import load, resolve
+from jobs import devices, process
+from jobs.config import load
 from jobs.devices import VARIABLE, choose_devices, find_devices, parse_devices
 from jobs.errors import ConfigError
+from jobs.resolved import resolve
 from jobs.run import run
 
 
@@ -163,4 +164,4 @@ def test_each_worker_sees_the_one_card_that_its_rows_name(
 def test_a_worker_that_sees_other_than_one_card_does_not_start(visible):
     mindspore = SimpleNamespace(hal=SimpleNamespace(device_count=lambda _: visible))
     with pytest.raises(RuntimeError, match=f"{visible} devices are visible"):
-        worker._check_binding(mindspore)
+        process._check_binding(mindspore)

@@ -8,10 +8,12 @@ from jobs_shared import ROOT, pixels_of, rows_of, write_csv
 from PIL import Image
 
 from jobs import plan
-from jobs.config import load, resolve
+from jobs.config import load
 from jobs.images import pixel_sha256
 from jobs.manifest import open_manifest
-from jobs.run import Order, run
+from jobs.order import Order
+from jobs.resolved import resolve
+from jobs.run import run
 from jobs.stages import load_pipeline, make, pipeline_name, pipeline_options
 from jobs.status import read_status
 from sdxl.config import PRESETS, TINY, TINY_REFINER

@@ -12,7 +12,7 @@ JOBS = sorted((ROOT / "jobs").glob("*.py"))
 SDXL = sorted((ROOT / "sdxl").glob("*.py"))
 
 HOMES = {
-    "click": {"cli"},
+    "click": {"cli", "options"},
     "yaml": {"yaml_tree"},
     "PIL": {"images"},
     "tqdm": {"progress"},
@@ -22,7 +22,7 @@ HOMES = {
     "tokenizers": set(),
 }
 # Rows in Parquet are read and written in more than one place, for the same reason.
-PARQUET = {"manifest", "parts", "store"}
+PARQUET = {"cells", "manifest", "parts", "store"}
 MODEL_INSIDE_FUNCTIONS = {"sdxl.pipeline", "sdxl.weights", "sdxl.convert", "sdxl.lora"}
 
 
@@ -75,7 +75,8 @@ def test_a_library_has_one_home(library):
 def test_tables_are_made_where_rows_are_read_and_written():
     users = {path.stem for path in JOBS if "pyarrow" in roots(imports(path))}
     assert users >= PARQUET
-    pure = {"records", "errors", "settings", "plan", "pool", "lock", "status", "config"}
+    pure = {"records", "errors", "settings", "plan", "survey", "method", "pool", "slot"}
+    pure |= {"lock", "status", "config", "resolved", "devices", "options", "bug"}
     assert not users & pure
 
 
@@ -147,5 +148,5 @@ def test_planning_and_status_never_load_mindspore(tmp_path, checkpoint):
 
 
 def test_importing_the_supervisor_never_loads_mindspore():
-    program = "import jobs.run, jobs.worker, jobs.pool, jobs.sample, jobs.model"
+    program = "import jobs.run, jobs.process, jobs.pool, jobs.sample, jobs.model"
     assert not loaded_by(program) & HEAVY

@@ -27,7 +27,8 @@ from jobs_shared import (
     write_csv,
 )
 
-from jobs.run import Order, run
+from jobs.order import Order
+from jobs.run import run
 from jobs.store import Store
 
 SETTINGS = ("output.commit_every=1", "runtime.shard_batches=1")

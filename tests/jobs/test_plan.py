@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from jobs_shared import write_csv
 
 from jobs import plan
-from jobs.config import load, resolve
+from jobs.config import load
 from jobs.manifest import open_manifest
 from jobs.records import Rejected, Request, derived_seed, image_id, image_path
+from jobs.resolved import resolve
+from jobs.survey import survey
 from sdxl.noise import MAX_SEED
 
 
@@ -28,7 +30,7 @@ def planned(path, job=None, limit=None):
     """Give (tasks, rejected rows) of a manifest, as a run would."""
     job = job or resolved()
     manifest = open_manifest(path)
-    found = plan.survey(manifest, job, limit)
+    found = survey(manifest, job, limit)
     rows = list(plan.checked(manifest, job, found.repeated, limit))
     tasks = [
         task
@@ -145,7 +147,7 @@ def test_the_survey_counts_what_the_tasks_are(tmp_path):
     rows += [("bad", None, 1, 64, 2), ("r1", "again", 1, 64, 2), ("w", "p", 1, 65, 2)]
     path = write_csv(tmp_path / "m.csv", rows, names)
     job = resolved()
-    found = plan.survey(open_manifest(path), job)
+    found = survey(open_manifest(path), job)
     tasks, rejected = planned(path, job)
     assert (found.rows, found.requests, found.invalid) == (33, 30, 3)
     assert found.tasks == found.pending == len(tasks)
@@ -161,7 +163,7 @@ def test_the_survey_counts_what_the_tasks_are(tmp_path):
             t for t in tasks if (t.width, t.height, t.steps) == (width, height, steps)
         ]
         assert len(same) == count
-    few = plan.survey(open_manifest(path), job, limit=7)
+    few = survey(open_manifest(path), job, limit=7)
     assert (few.rows, few.tasks) == (7, len(planned(path, job, limit=7)[0]))
 
 

@@ -21,8 +21,8 @@ from jobs import crash, images, plan, run
 from jobs.books import resolved_again, settings_hash
 from jobs.errors import ConfigError, ModelError, OutputError
 from jobs.manifest import open_manifest
+from jobs.order import Order
 from jobs.replay import replay, task_again
-from jobs.run import Order
 from jobs.store import Store
 
 NAMES = ("id", "prompt", "eta", "guidance_scale", "sampler", "num_images")

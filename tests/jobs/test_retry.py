@@ -7,7 +7,7 @@ import pytest
 from jobs_shared import FAKE, order, rows_of, write_csv
 
 from jobs import cli, run
-from jobs.run import Order, Retry
+from jobs.order import Order, Retry
 from jobs.status import read_status
 from jobs.store import Store
 from jobs.verify import verify

@@ -13,7 +13,8 @@ from jobs_shared import (
 
 from jobs import pool
 from jobs.errors import ExitCode, MismatchError
-from jobs.run import Order, run
+from jobs.order import Order
+from jobs.run import run
 from jobs.store import Store
 
 

@@ -16,8 +16,8 @@ from jobs_shared import FAKE, call, order, rows_of, run_arguments, write_csv
 from jobs import cli, parts, run, seal
 from jobs.errors import JobError, OutputError
 from jobs.findings import describe
+from jobs.order import Order
 from jobs.progress import Progress
-from jobs.run import Order
 from jobs.store import Store, make_folder, publish
 from jobs.verify import verify
 

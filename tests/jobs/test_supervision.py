@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from jobs_shared import FAKE, numbered, order, rows_of, write_csv
 
-from jobs import pool, run, slot, worker
+from jobs import pool, process, run, slot, worker
 from jobs.errors import WorkerError
 from jobs.records import ERROR_CLASSES
 from jobs.slot import Slot
@@ -178,9 +178,9 @@ def test_a_worker_that_can_not_open_its_log_says_why(monkeypatch):
         def send(self, message):
             self.sent.append(message)
 
-    monkeypatch.setattr(worker, "_settle", no_log)
+    monkeypatch.setattr(process, "_settle", no_log)
     pipe = Pipe()
-    worker.main(None, pipe)
+    process.main(None, pipe)
     ((kind, content),) = pipe.sent
     assert kind == "fatal" and "No space left" in content["error"]
 
@@ -194,4 +194,4 @@ def test_a_full_disk_under_the_log_hides_no_reason(monkeypatch):
     try:
         raise ValueError("the reason")
     except ValueError:
-        worker._log_trace()
+        worker.log_trace()

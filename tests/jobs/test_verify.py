@@ -15,8 +15,9 @@ from jobs import cli, parts, seal, store
 from jobs.errors import LockedError, OutputError
 from jobs.findings import as_dict, describe
 from jobs.lock import FolderLock
+from jobs.order import Order
 from jobs.repair import repair
-from jobs.run import Order, run
+from jobs.run import run
 from jobs.store import Store
 from jobs.verify import verify
 

@@ -12,8 +12,9 @@ import pytest
 from fake_pipeline import FakePipeline
 
 from jobs import plan, worker
-from jobs.config import load, resolve
+from jobs.config import load
 from jobs.records import Request
+from jobs.resolved import resolve
 from jobs.store import Store
 from jobs.worker import Worker, WorkerSpec, classify, message_of
 
