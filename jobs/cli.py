@@ -14,6 +14,7 @@ import click
 from jobs import __version__
 from jobs.bug import report_bug
 from jobs.errors import ExitCode, JobError, printable
+from jobs.machine_cli import doctor
 from jobs.options import (
     config_from,
     config_options,
@@ -255,6 +256,9 @@ def inspect(path: Path, as_json: bool, preset: str | None) -> None:
     _show(json.dumps(report, indent=2) if as_json else describe_inspection(report))
     if report["missing"] or report["extra"] or report["unfit"]:
         sys.exit(ExitCode.ERROR)
+
+
+cli.add_command(doctor)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ JOBS = sorted((ROOT / "jobs").glob("*.py"))
 SDXL = sorted((ROOT / "sdxl").glob("*.py"))
 
 HOMES = {
-    "click": {"cli", "options"},
+    "click": {"cli", "machine_cli", "options"},
     "yaml": {"yaml_tree"},
     "PIL": {"images"},
     "tqdm": {"progress"},
