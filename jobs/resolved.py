@@ -42,6 +42,7 @@ class Resolved:
     devices: tuple[int, ...]
     batch_size: int
     jit_level: str
+    flash_attention: bool | None
     shard_batches: int | None
     writer_threads: int
     max_attempts: int
@@ -95,6 +96,7 @@ def resolve(config: JobConfig, *, native_size: int, kind: str = "base") -> Resol
         devices=devices,
         batch_size=config.runtime.batch_size,
         jit_level=config.runtime.jit_level,
+        flash_attention=config.runtime.flash_attention,
         shard_batches=config.runtime.shard_batches,
         writer_threads=config.runtime.writer_threads,
         max_attempts=config.runtime.max_attempts,

@@ -88,6 +88,7 @@ class RuntimeSection:
     workers: int | None = None
     batch_size: int = 1
     jit_level: Literal["O0", "O1", "O2"] = "O2"
+    flash_attention: bool | None = None
     shard_batches: int | None = None
     writer_threads: int = 2
     max_attempts: int = 3

@@ -104,6 +104,7 @@ def pipeline_options(resolved: Resolved, threads: int) -> dict[str, Any]:
         "precision": resolved.precision,
         "jit_level": resolved.jit_level,
         "device_target": resolved.device_target,
+        "flash_attention": resolved.flash_attention,
         "noise": resolved.sampling.noise,
         "threads": threads,
         "loras": [(Path(lora.path), lora.scale) for lora in model.loras],

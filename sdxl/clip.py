@@ -178,6 +178,7 @@ class OpenClipModel(nn.Cell):
         self.logit_scale = empty((), ms.float32, "logit_scale")
         self.depth = config.layers - 1
         self.mask = causal_mask(L)
+        self.project = msops.MatMul()
 
     def construct(self, ids: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         B, L = ids.shape
@@ -188,7 +189,7 @@ class OpenClipModel(nn.Cell):
 
         last = self.ln_final(last).reshape(B * L, -1)
         row = end + msops.arange(0, B * L, L).astype(ms.int32)
-        pooled = msops.matmul(msops.gather(last, row, 0), self.text_projection)
+        pooled = self.project(msops.gather(last, row, 0), self.text_projection)
         return x, pooled
 
 

@@ -22,12 +22,19 @@ from sdxl import ops
 Input = np.ndarray | Tensor
 
 
-def set_up(device_target: str, device_id: int = 0, threads: int | None = None) -> None:
+def set_up(
+    device_target: str,
+    device_id: int = 0,
+    threads: int | None = None,
+    *,
+    flash_attention: bool | None = None,
+) -> None:
     """Choose device and graph mode for this process; call it before building a network.
 
-    `threads` bounds the threads of CPU kernels, to two at the least: MindSpore always
-    has a dispatching and a working one. It holds for the process: what is given after
-    the first kernel has run comes too late and changes nothing.
+    `flash_attention` is for Ascend: None uses it on the cards that have it. `threads`
+    bounds the threads of CPU kernels, to two at the least: MindSpore always has a
+    dispatching and a working one. It holds for the process: what is given after the
+    first kernel has run comes too late and changes nothing.
     """
     ms.set_context(mode=ms.GRAPH_MODE)
     try:
@@ -37,6 +44,33 @@ def set_up(device_target: str, device_id: int = 0, threads: int | None = None) -
             raise
     if threads is not None:
         bound_threads(threads)
+    if device_target == "Ascend":
+        keep_numbers()
+        flash = has_flash_attention() if flash_attention is None else flash_attention
+        ops.build_in(ops.ASCEND if flash else ops.ASCEND_SOFTMAX)
+    else:
+        ops.build_in(ops.CPU)
+
+
+def keep_numbers() -> None:
+    """Have a card compute what the graph says, each time alike.
+
+    By default the engine may halve the precision of what is in float32 (Atlas 910), or
+    convolve it with 10 bits of fraction, and add in any order. The autoencoder's values
+    do not fit into float16, and a picture must come out again as it was.
+    """
+    precision = ms.device_context.ascend.op_precision
+    precision.precision_mode("must_keep_origin_dtype")
+    precision.conv_allow_hf32(False)
+    ms.set_deterministic(True)
+
+
+def has_flash_attention() -> bool:
+    """Say whether this card is an Atlas A2 or later."""
+    from mindspore._c_expression import MSContext  # as in mindspore.amp
+
+    version = MSContext.get_instance().get_ascend_soc_version()
+    return version not in ("ascend910", "ascend310", "ascend310p")
 
 
 @cache
@@ -63,7 +97,8 @@ class Graphs:
         self, *, precision: str, jit_level: str, device_target: str, prefix: str = ""
     ) -> None:
         self.prefix = prefix
-        self.suffix = f"{precision}-{jit_level}-{device_target.lower()}"
+        mark = ops.form().mark
+        self.suffix = f"{precision}-{jit_level}-{device_target.lower()}{mark}"
         self.jit_level = jit_level
         self.compiles: dict[str, int] = {}
         self.compile_ms: dict[str, float] = {}
@@ -90,7 +125,7 @@ class Graphs:
         compiled = len(cell.compile_cache) - before
         if compiled == 0:
             return
-        if ops.on_ascend():
+        if ms.get_context("device_target") == "Ascend":
             cell(*inputs)  # the device's engine finishes its build in the first run
         elapsed = (time.perf_counter() - start) * 1e3
         self.compiles[key] = self.compiles.get(key, 0) + compiled

@@ -1,7 +1,9 @@
 """The kernels whose best form depends on the device. Nothing else asks which it is.
 
 Design: a choice is made once, when a cell is built, so that the compiled graph holds
-one form only. Statistics (mean, variance, softmax) are always computed in float32.
+one form only: that of the device which `graphs.set_up` chose, or, within `built_in`,
+that of another one, to be looked at where there is none. Statistics (mean, variance,
+softmax) are always computed in float32.
 
 On CPU (MindSpore 2.8, 2 threads): a group norm takes 25 ms at (2, 320, 64, 64) as
 `GroupNorm`, 11 ms as two batch norms; nearest upsampling 63 ms as `interpolate` and
@@ -13,6 +15,9 @@ unlike shapes is slow and keeps 16 bytes per element for good, gigabytes in all:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import mindspore as ms
 from mindspore import Tensor, nn
@@ -23,9 +28,48 @@ MAX_SCORES = 2**26
 UNIT_EPS = 1e-5
 
 
-def on_ascend() -> bool:
-    """Say whether the process computes on an Ascend NPU."""
-    return ms.get_context("device_target") == "Ascend"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """Which kernels cells are made of; `mark` ends the keys of graphs made of them.
+
+    `flash_attention` is documented for Atlas A2 and later: float16, no more than 512
+    numbers a head and a multiple of 16 of them, any number of queries and of keys.
+    """
+
+    group_norm: bool
+    flash_attention: bool
+    mark: str = ""
+
+
+CPU = Form(group_norm=False, flash_attention=False)
+ASCEND = Form(group_norm=True, flash_attention=True)
+ASCEND_SOFTMAX = Form(group_norm=True, flash_attention=False, mark="-softmax")
+_form = CPU
+
+
+def form() -> Form:
+    """Give the form that cells are built in."""
+    return _form
+
+
+def build_in(form: Form) -> Form:
+    """Build cells in this form from now on; return the one before.
+
+    It changes no cell that is built, and not where anything runs.
+    """
+    global _form
+    before, _form = _form, form
+    return before
+
+
+@contextmanager
+def built_in(form: Form) -> Iterator[None]:
+    """Build cells in a form, whatever device this process has, until the block ends."""
+    before = build_in(form)
+    try:
+        yield
+    finally:
+        build_in(before)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -76,7 +120,7 @@ class GroupNormalize(nn.Cell):
         super().__init__()
         self.groups = groups
         self.eps = eps
-        self.native = on_ascend()
+        self.native = form().group_norm
         self.standardize = msops.BatchNorm(is_training=True, epsilon=eps)
         self.scale = msops.BatchNorm(is_training=False, epsilon=UNIT_EPS)
 
@@ -104,16 +148,16 @@ class GroupNormalize(nn.Cell):
 class Attention(nn.Cell):
     """softmax(Q K^T / sqrt(d) + mask) V over (B, L, heads * d) arrays.
 
-    `fused` asks for the device's flash attention, which exists on Ascend in float16.
+    Without a mask and in float16 it is the device's flash attention where that exists.
     Queries are independent of each other, so long ones go through in equal slices:
     an autoencoder's 16,384 positions would otherwise need gigabytes of scores.
     """
 
-    def __init__(self, heads: int, head_dim: int, *, fused: bool = False) -> None:
+    def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
         self.heads = heads
         self.scale = 1 / math.sqrt(head_dim)
-        self.fused = fused and on_ascend()
+        self.fused = form().flash_attention and head_dim % 16 == 0 and head_dim <= 512
         self.scores = msops.BatchMatMul(transpose_b=True)
         self.values = msops.BatchMatMul()
         self.softmax = msops.Softmax(-1)

@@ -80,6 +80,7 @@ class Pipeline:
         device_id: int = 0,
         noise: str = "numpy",
         threads: int | None = None,
+        flash_attention: bool | None = None,
         loras: Sequence[tuple[Path, float]] = (),
         scaling: str = "EpsScaling",
         quantize_sigma: bool = True,
@@ -92,7 +93,7 @@ class Pipeline:
         Raises `CheckpointError` when the checkpoint is not whole or not of that preset,
         or a LoRA does not fit.
         """
-        set_up(device_target, device_id, threads)
+        set_up(device_target, device_id, threads, flash_attention=flash_attention)
         graphs = Graphs(
             precision=precision,
             jit_level=jit_level,

@@ -212,4 +212,4 @@ class Encode(nn.Cell):
     def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         moments = self.vae.quant_conv(self.vae.encoder(x))
         mean, logvar = msops.split(moments, moments.shape[1] // 2, 1)
-        return mean, msops.clamp(logvar, -30.0, 20.0)
+        return mean, msops.minimum(msops.maximum(logvar, -30.0), 20.0)

@@ -1,13 +1,9 @@
 """The forms that differ by device: exact where they run, present where they cannot."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 
-from tests.golden.networks_cases import normals, unet_inputs
-
-SELF_ATTENTIONS = 17  # of the preset tiny: levels 2 + 4, middle 2, levels 6 + 3
+from tests.golden.networks_cases import normals
 
 
 def run(function, *arrays):
@@ -86,46 +82,3 @@ def test_upsampling_repeats_rows_and_columns():
     np.testing.assert_array_equal(
         run(ops.upsample_nearest, x), x.repeat(2, axis=2).repeat(2, axis=3)
     )
-
-
-def test_on_ascend_the_step_uses_flash_attention_for_every_self_attention(
-    monkeypatch, tmp_path
-):
-    """Export the graph as for Ascend, which needs no card, and count its nodes."""
-    from sdxl import ops
-
-    monkeypatch.setattr(ops, "on_ascend", lambda: True)
-    nodes = exported_nodes(tmp_path / "step")
-
-    assert nodes["FlashAttentionScore"] == SELF_ATTENTIONS
-    assert nodes["Softmax"] == SELF_ATTENTIONS  # the cross-attentions
-    assert nodes["GroupNorm"] > 40
-    assert nodes["BatchNorm"] == 0
-
-
-def exported_nodes(path):
-    import mindspore as ms
-    from mindspore.train.mind_ir_pb2 import ModelProto
-
-    from sdxl.config import TINY
-    from sdxl.denoiser import Step
-    from sdxl.graphs import on_device, set_up
-    from sdxl.model import SDXL
-    from sdxl.random_weights import RandomCheckpoint
-    from sdxl.weights import load_into
-
-    set_up("CPU")
-    model = SDXL(TINY, "fp16")
-    load_into(model, RandomCheckpoint(TINY), "")
-    x, ones = unet_inputs(TINY, (16, 16))["x"][:1], np.ones(1, np.float32)
-    context = np.zeros((2, 77, TINY.unet.context_dim), np.float16)
-    vector = np.zeros((2, TINY.unet.adm_in_channels), np.float16)
-    step = Step(model.model.diffusion_model, "guided").set_train(False)
-    inputs = [on_device(a) for a in (x, *[ones] * 5, context, vector)]
-    ms.export(step, *inputs, file_name=str(path), file_format="MINDIR")
-
-    proto = ModelProto()
-    proto.ParseFromString(path.with_suffix(".mindir").read_bytes())
-    graphs = [proto.graph, *proto.functions]
-    types = [node.op_type for graph in graphs for node in graph.node]
-    return Counter(t.rpartition("::")[2].partition(":")[0] for t in types)
