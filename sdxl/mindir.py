@@ -188,7 +188,7 @@ class Exports(Graphs):
         self.found: dict[str, Graph] = {}
 
     def run(self, name: str, make: Callable[[], nn.Cell], *inputs: Input) -> Any:
-        """Export the graph `name` when it is asked for first; return zeros."""
+        """Export the graph `name` when it is first asked for; return zeros."""
         key = f"{self.prefix}{name}-{self.suffix}"
         if key not in self.found:
             cell = make()
@@ -197,6 +197,11 @@ class Exports(Graphs):
             self.found[key] = export(cell, tensors, key)
         arrays = [np.zeros(a.shape, DTYPES[a.dtype]) for a in self.found[key].outputs]
         return tuple(arrays) if len(arrays) > 1 else arrays[0]
+
+    def keep(self, name: str, make: Callable[[], nn.Cell], *inputs: Input) -> Any:
+        """Do as `run`; the zeros are tensors."""
+        zeros = self.run(name, make, *inputs)
+        return tuple(map(Tensor, zeros)) if isinstance(zeros, tuple) else Tensor(zeros)
 
 
 def _node(proto: Any) -> Node:

@@ -148,16 +148,17 @@ class GroupNormalize(nn.Cell):
 class Attention(nn.Cell):
     """softmax(Q K^T / sqrt(d) + mask) V over (B, L, heads * d) arrays.
 
-    Without a mask and in float16 it is the device's flash attention where that exists.
-    Queries are independent of each other, so long ones go through in equal slices:
-    an autoencoder's 16,384 positions would otherwise need gigabytes of scores.
+    `fused` asks for flash attention where the form has it: in float16, and never with a
+    mask. Queries are independent of each other, so long ones go through in equal
+    slices: an autoencoder's 16,384 positions would otherwise need gigabytes of scores.
     """
 
-    def __init__(self, heads: int, head_dim: int) -> None:
+    def __init__(self, heads: int, head_dim: int, *, fused: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.scale = 1 / math.sqrt(head_dim)
-        self.fused = form().flash_attention and head_dim % 16 == 0 and head_dim <= 512
+        fits = head_dim % 16 == 0 and head_dim <= 512
+        self.fused = fused and fits and form().flash_attention
         self.scores = msops.BatchMatMul(transpose_b=True)
         self.values = msops.BatchMatMul()
         self.softmax = msops.Softmax(-1)

@@ -141,7 +141,7 @@ class CrossAttention(nn.Cell):
         self.to_k = Dense(source, width, dtype, bias=False)
         self.to_v = Dense(source, width, dtype, bias=False)
         self.to_out = nn.SequentialCell(Dense(width, width, dtype), Identity())
-        self.attention = ops.Attention(width // head_dim, head_dim)
+        self.attention = ops.Attention(width // head_dim, head_dim, fused=True)
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
