@@ -4,6 +4,8 @@ Design: preconditioning, both halves of classifier-free guidance, the network an
 combination are one compiled graph, so that a sampler's step is one launch. Sigma,
 guidance scale and conditioning are inputs, one value per image: any sampler, step
 count, scale or seed runs through the same graph. Samplers see a `denoise(x, sigma)`.
+What the conditioning comes to inside the network is the same in all steps: a smaller
+graph computes it once per batch, and it stays on the device.
 
                       ┌ c_in·x ─┬─ uncond ─ UNet ─┐
     x (B, 4, h, w) ───┤         └─ cond ─── UNet ─┴─ F ─┐
@@ -31,11 +33,25 @@ from sdxl.unet import UNet
 Mode = Literal["guided", "plain", "embedded"]
 
 
+class Context(nn.Cell):
+    """Context and vector -> what `Step` takes of them, `unet.UNet.prepare`'s result.
+
+    Both are (B, …), or (2B, …) for a guided step, the unconditional half first.
+    """
+
+    def __init__(self, unet: UNet) -> None:
+        super().__init__(auto_prefix=False)
+        self.unet = unet
+
+    def construct(self, context: Tensor, vector: Tensor) -> tuple[Tensor, ...]:
+        return self.unet.prepare(context, vector)
+
+
 class Step(nn.Cell):
     """x (B, 4, h, w) -> x0 (B, 4, h, w), float32.
 
-    `c_skip`, `c_out`, `c_in`, `timestep` and `guidance` are (B,) float32, `context` and
-    `vector` (B, …), or (2B, …) when guided, the unconditional half first.
+    `c_skip`, `c_out`, `c_in`, `timestep` and `guidance` are (B,) float32, `prepared`
+    comes from `Context`.
     """
 
     def __init__(self, unet: UNet, mode: Mode) -> None:
@@ -53,8 +69,7 @@ class Step(nn.Cell):
         c_in: Tensor,
         timestep: Tensor,
         guidance: Tensor,
-        context: Tensor,
-        vector: Tensor,
+        *prepared: Tensor,
     ) -> Tensor:
         scaled = x * c_in.reshape(-1, 1, 1, 1)
         if self.guided:
@@ -62,7 +77,7 @@ class Step(nn.Cell):
             timestep = msops.concat((timestep, timestep), 0)
 
         w = guidance if self.embedded else None
-        F = self.unet(scaled.astype(self.dtype), timestep, context, vector, w)
+        F = self.unet(scaled.astype(self.dtype), timestep, prepared, w)
         F = F.astype(ms.float32)
 
         if self.guided:
@@ -92,21 +107,26 @@ class Denoiser:
 
         `guidance` is (B,) float32. x and x0 are (B, 4, h, w) float32.
         """
-        context, vector = cond.halves() if mode == "guided" else cond.conditional()
-        dtype = np.float16 if self.unet.dtype == ms.float16 else np.float32
         B, (h, w) = len(guidance), size
         key = f"{self.name}-b{B}-{h}x{w}-{mode}"
-        constants = (
-            on_device(guidance.astype(np.float32)),
-            on_device(context.astype(dtype)),
-            on_device(vector.astype(dtype)),
-        )
+        scale = on_device(guidance.astype(np.float32))
+        prepared = self._prepare(cond, mode)
 
         def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
             how = precondition(self.scaling, sigma, quantize=self.quantize)
             scalars = [np.full(B, value, np.float32) for value in how]
             return self.graphs.run(
-                key, lambda: Step(self.unet, mode), x, *scalars, *constants
+                key, lambda: Step(self.unet, mode), x, *scalars, scale, *prepared
             )
 
         return denoise
+
+    def _prepare(self, cond: Conditioning, mode: Mode) -> tuple[Tensor, ...]:
+        context, vector = cond.halves() if mode == "guided" else cond.conditional()
+        dtype = np.float16 if self.unet.dtype == ms.float16 else np.float32
+        return self.graphs.keep(
+            f"context-b{len(context)}",
+            lambda: Context(self.unet),
+            context.astype(dtype),
+            vector.astype(dtype),
+        )

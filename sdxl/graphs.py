@@ -106,6 +106,13 @@ class Graphs:
 
     def run(self, name: str, make: Callable[[], nn.Cell], *inputs: Input) -> Any:
         """Run the graph `name`, whose cell `make` builds; return what it returns."""
+        outputs = self.keep(name, make, *inputs)
+        if isinstance(outputs, tuple):
+            return tuple(output.asnumpy() for output in outputs)
+        return outputs.asnumpy()
+
+    def keep(self, name: str, make: Callable[[], nn.Cell], *inputs: Input) -> Any:
+        """Do as `run`, but leave what the graph returns on the device."""
         key = f"{self.prefix}{name}-{self.suffix}"
         if key not in self._cells:
             self._cells[key] = make().set_train(False)
@@ -113,10 +120,7 @@ class Graphs:
         cell = self._cells[key]
         tensors = [on_device(x) if isinstance(x, np.ndarray) else x for x in inputs]
         self._compile(key, cell, tensors)
-        outputs = cell(*tensors)
-        if isinstance(outputs, tuple):
-            return tuple(output.asnumpy() for output in outputs)
-        return outputs.asnumpy()
+        return cell(*tensors)
 
     def _compile(self, key: str, cell: nn.Cell, inputs: list[Tensor]) -> None:
         """Compile if these inputs need it; MindSpore keeps an entry per signature."""

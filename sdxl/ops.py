@@ -168,6 +168,12 @@ class Attention(nn.Cell):
         x = x.reshape(B, L, self.heads, D // self.heads)
         return x.transpose(0, 2, 1, 3)  # (B, heads, L, d)
 
+    def prepare(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring keys and values into the form that `over` takes, once for many."""
+        if self.fused and k.dtype == ms.float16:
+            return k, v
+        return self.split(k), self.split(v)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scores = self.scores(q, k).astype(ms.float32)
         if mask is not None:
@@ -177,13 +183,20 @@ class Attention(nn.Cell):
     def construct(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> Tensor:
+        k, v = self.prepare(k, v)
+        return self.over(q, k, v, mask)
+
+    def over(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend to prepared keys and values."""
         B, L, D = q.shape
-        if self.fused and q.dtype == ms.float16 and mask is None:
+        if self.fused and q.dtype == ms.float16:
             return msops.flash_attention_score(
                 q, k, v, self.heads, scalar_value=self.scale, input_layout="BSH"
             )
 
-        q, k, v = self.split(q * self.scale), self.split(k), self.split(v)
+        q = self.split(q * self.scale)
         slices = slices_of(B * self.heads * L * k.shape[2], L)
         if slices == 1:
             out = self.attend(q, k, v, mask)

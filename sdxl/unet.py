@@ -3,6 +3,11 @@
 Attribute names are the keys of the original checkpoint under `model.diffusion_model.`;
 every layer of an input or output block takes (x, emb, context), so that a block is
 a plain list. Figures: Podell et al. 2023, and the published configs.
+
+What no step changes is computed before the first, by `UNet.prepare`: the embedding of
+the conditioning vector, and every cross-attention's keys and values of the text. So
+`context` is a tuple here: keys and values of the first transformer block that runs,
+then of the second, and so on.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ from sdxl import ops
 from sdxl.conditioning import frequencies
 from sdxl.config import UNetConfig
 from sdxl.layers import Conv2d, Dense, GroupNorm, Identity, LayerNorm, SiLU
+
+Context = tuple[Tensor, ...]
 
 
 class Sinusoid(nn.Cell):
@@ -71,7 +78,7 @@ class TimeEmbed(nn.SequentialCell):
 
 
 class InputConv(Conv2d):
-    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def construct(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
         return self.add_bias(self.convolve(x, self.weight), self.bias)
 
 
@@ -80,7 +87,7 @@ class Downsample(nn.Cell):
         super().__init__()
         self.op = Conv2d(channels, channels, 3, dtype, stride=2, padding=1)
 
-    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def construct(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
         return self.op(x)
 
 
@@ -89,7 +96,7 @@ class Upsample(nn.Cell):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, dtype, padding=1)
 
-    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def construct(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
         return self.conv(ops.upsample_nearest(x))
 
 
@@ -120,7 +127,7 @@ class ResBlock(nn.Cell):
         else:
             self.skip_connection = Conv2d(channels, channels_out, 1, dtype)
 
-    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def construct(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
         h = self.in_layers(x)
 
         h = ops.add_per_channel(h, self.emb_layers(emb))
@@ -130,7 +137,7 @@ class ResBlock(nn.Cell):
 
 
 class CrossAttention(nn.Cell):
-    """Attention from x to the context; to x itself where `context_dim` is None."""
+    """Attention from x to what `prepare` was given: x itself, or the text's states."""
 
     def __init__(
         self, width: int, context_dim: int | None, head_dim: int, dtype: ms.Type
@@ -143,9 +150,11 @@ class CrossAttention(nn.Cell):
         self.to_out = nn.SequentialCell(Dense(width, width, dtype), Identity())
         self.attention = ops.Attention(width // head_dim, head_dim, fused=True)
 
-    def construct(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out(self.attention(q, k, v))
+    def prepare(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attention.prepare(self.to_k(context), self.to_v(context))
+
+    def construct(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.to_out(self.attention.over(self.to_q(x), keys, values))
 
 
 class GEGLU(nn.Cell):
@@ -184,22 +193,27 @@ class BasicTransformerBlock(nn.Cell):
         self.norm2 = LayerNorm(width)
         self.norm3 = LayerNorm(width)
 
-    def construct(self, x: Tensor, context: Tensor) -> Tensor:
+    def construct(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, h)
+        own_keys, own_values = self.attn1.prepare(h)
+        x = x + self.attn1(h, own_keys, own_values)
 
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), keys, values)
 
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Cell):
-    """Transformer blocks over the positions of a feature map, as a residual."""
+    """Transformer blocks over the positions of a feature map, as a residual.
+
+    `before` counts the transformer blocks of the network that run before these.
+    """
 
     def __init__(
         self, config: UNetConfig, width: int, depth: int, dtype: ms.Type
     ) -> None:
         super().__init__()
+        self.before = 0
         self.norm = GroupNorm(width, config.norm_groups, eps=1e-6)
         self.proj_in = Dense(width, width, dtype)
         self.transformer_blocks = nn.CellList(
@@ -210,13 +224,15 @@ class SpatialTransformer(nn.Cell):
         )
         self.proj_out = Dense(width, width, dtype)
 
-    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def construct(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
         B, C, H, W = x.shape
         h = self.norm(x).reshape(B, C, H * W).transpose(0, 2, 1)  # (B, HW, C)
 
         h = self.proj_in(h)
+        i = 2 * self.before
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, context[i], context[i + 1])
+            i += 2
         h = self.proj_out(h)
 
         return x + h.transpose(0, 2, 1).reshape(B, C, H, W)
@@ -225,7 +241,7 @@ class SpatialTransformer(nn.Cell):
 class Block(nn.SequentialCell):
     """The layers of one block, one after another."""
 
-    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def construct(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
         for layer in self.cell_list:
             x = layer(x, emb, context)
         return x
@@ -234,9 +250,9 @@ class Block(nn.SequentialCell):
 class UNet(nn.Cell):
     """Predict the noise in scaled latents.
 
-    `x` (B, in_channels, H, W) and `context` (B, L, context_dim) come in the network's
-    dtype, `timestep` (B,) in float32, `vector` (B, adm_in_channels); H and W are
-    multiples of 2^(levels - 1). `guidance` (B,) reaches only a consistency model.
+    `x` (B, in_channels, H, W) comes in the network's dtype, `timestep` (B,) in float32,
+    `prepared` from `prepare`; H and W are multiples of 2^(levels - 1). `guidance` (B,)
+    reaches only a consistency model.
     """
 
     def __init__(self, config: UNetConfig, dtype: ms.Type) -> None:
@@ -266,17 +282,40 @@ class UNet(nn.Cell):
             SiLU(),
             Conv2d(width, config.out_channels, 3, dtype, padding=1),
         )
+        self.transformers = self._transformers()
+
+    def _transformers(self) -> tuple[SpatialTransformer, ...]:
+        """List the transformers in the order they run, and tell each its place."""
+        blocks = (*self.input_blocks, self.middle_block, *self.output_blocks)
+        layers = [layer for block in blocks for layer in block]
+        found = [layer for layer in layers if isinstance(layer, SpatialTransformer)]
+        before = 0
+        for transformer in found:
+            transformer.before = before
+            before += len(transformer.transformer_blocks)
+        return tuple(found)
+
+    def prepare(self, context: Tensor, vector: Tensor) -> tuple[Tensor, ...]:
+        """Compute what holds for all steps, of which `construct` takes the result.
+
+        `context` (B, L, context_dim), `vector` (B, adm_in_channels).
+        """
+        prepared = (self.label_emb(vector.astype(self.dtype)),)
+        for transformer in self.transformers:
+            for block in transformer.transformer_blocks:
+                keys, values = block.attn2.prepare(context)
+                prepared = (*prepared, keys, values)
+        return prepared
 
     def construct(
         self,
         x: Tensor,
         timestep: Tensor,
-        context: Tensor,
-        vector: Tensor,
+        prepared: tuple[Tensor, ...],
         guidance: Tensor | None = None,
     ) -> Tensor:
-        emb = self.time_embed(timestep, guidance)
-        emb = emb + self.label_emb(vector.astype(self.dtype))
+        emb = self.time_embed(timestep, guidance) + prepared[0]
+        context = prepared[1:]
 
         skips = ()
         for block in self.input_blocks:

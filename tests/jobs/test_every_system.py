@@ -110,6 +110,7 @@ def test_a_graph_is_compiled_once_whatever_the_samplers(mixed):
     assert set(worker["compiles"].values()) == {1}
     assert {s: stages.count(s) for s in stages} == {
         "text": 1,
+        "context": 1,
         "unet": 3,
         "decode": 3,
         "encode": 1,

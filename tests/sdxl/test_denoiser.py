@@ -87,20 +87,23 @@ def test_the_network_is_wrapped_in_the_coefficients_of_its_scaling(
 
 def bare(pipeline, cond, x, time):
     """Run the plain step graph as the bare network."""
-    from sdxl.denoiser import Step
+    from sdxl.denoiser import Context, Step
 
+    unet = pipeline.model.model.diffusion_model
+    prepared = pipeline.graphs.keep(
+        "context-b3", lambda: Context(unet), cond.context, cond.vector
+    )
     zeros, ones = np.zeros(3, np.float32), np.ones(3, np.float32)
     return pipeline.graphs.run(
         "unet-b3-16x16-plain",
-        lambda: Step(pipeline.model.model.diffusion_model, "plain"),
+        lambda: Step(unet, "plain"),
         x.astype(np.float32),
         zeros,
         ones,
         ones,
         np.full(3, time, np.float32),
         zeros,
-        cond.context,
-        cond.vector,
+        *prepared,
     )
 
 

@@ -74,11 +74,17 @@ def test_the_full_network_is_built_without_memory_for_its_weights():
 
 def run(pipeline, size, mode, guidance=(0.0,) * 4):
     """Run the bare network, whose output a step of these coefficients gives."""
-    from sdxl.denoiser import Step
+    from sdxl.denoiser import Context, Step
 
     inputs = unet_inputs(pipeline.config, size)
     zeros, ones = np.zeros(4, np.float32), np.ones(4, np.float32)
     unet = pipeline.model.model.diffusion_model
+    prepared = pipeline.graphs.keep(
+        "bare-context",
+        lambda: Context(unet),
+        inputs["context"],
+        vector(pipeline.config, inputs),
+    )
     return pipeline.graphs.run(
         f"bare-{mode}",
         lambda: Step(unet, mode),
@@ -88,8 +94,7 @@ def run(pipeline, size, mode, guidance=(0.0,) * 4):
         ones,
         inputs["timestep"],
         np.array(guidance, np.float32),
-        inputs["context"],
-        vector(pipeline.config, inputs),
+        *prepared,
     )
 
 
