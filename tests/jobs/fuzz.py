@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from soak import put_into
+from report import put_into
 
 from jobs import parts
 from jobs.config import load

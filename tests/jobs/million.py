@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from jobs_shared import FAKE, ROOT, order
-from soak import put_into
+from report import put_into
 
 from jobs import process, run
 from jobs.progress import duration
