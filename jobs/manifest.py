@@ -12,6 +12,7 @@ A bare empty cell of a CSV or TSV means "not given"; a quoted one (`""`) is empt
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,7 @@ from jobs.records import RESULT_COLUMNS, Rejected, Request, hash64
 
 MAX_EXTRAS = 1_000
 MAX_ID = 512
+PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,512}")
 MAX_PROMPT = 100_000
 FORMATS = {
     ".csv": "csv",
@@ -107,15 +109,23 @@ class Manifest:
     def _known(self) -> set[str]:
         return {self.id_column, self.prompt_column, *settings.parsers()}
 
-    def _location(self, number: int) -> str:
-        unit = "row" if self.format == "parquet" else "line"
-        return f"{self.path.name} {unit} {number}"
+    @cached_property
+    def _parsers(self) -> list[tuple[str, settings.Parser]]:
+        """List the settings that a row of this file can carry, and how to read each."""
+        known = settings.parsers().items()
+        if self.columns is None:
+            return list(known)
+        return [(name, parse) for name, parse in known if name in self.columns]
+
+    @cached_property
+    def _place(self) -> str:
+        return f"{self.path.name} {'row' if self.format == 'parquet' else 'line'}"
 
     def _check(self, source_row: int, cells: Cells) -> Request | Rejected:
         values = cells.values
-        extras = tuple(self._passed(values.get(name)) for name in self.extras)
+        extras = tuple([self._passed(values.get(name)) for name in self.extras])
         content = _content_hash(values) if values else hash64(f"row {source_row}")
-        location = self._location(cells.number)
+        location = f"{self._place} {cells.number}"
         asked = values.get(self.id_column)
         try:
             if cells.problem:
@@ -148,7 +158,7 @@ class Manifest:
 
     def _settings(self, values: dict[str, Any]) -> dict[str, Any]:
         given = {}
-        for name, parse in settings.parsers().items():
+        for name, parse in self._parsers:
             value = values.get(name)
             if value is None:
                 continue
@@ -207,6 +217,8 @@ def open_manifest(
 
 
 def _checked_id(value: Any) -> str:
+    if isinstance(value, str) and PLAIN_ID.fullmatch(value):
+        return value
     text = str(value)
     plain = isinstance(value, str | int) and not isinstance(value, bool)
     if not plain or not text.strip():
@@ -245,8 +257,8 @@ def _writable(text: str) -> str:
 
 def _content_hash(values: dict[str, Any]) -> int:
     """Hash a row by its names and values, whatever the order of its columns."""
-    given = sorted((k, str(v)) for k, v in values.items() if v is not None)
-    return hash64("\x1e".join(f"{k}\x1f{v}" for k, v in given))
+    given = [f"{k}\x1f{values[k]}" for k in sorted(values) if values[k] is not None]
+    return hash64("\x1e".join(given))
 
 
 # Cells of each format -------------------------------------------------------------

@@ -48,7 +48,7 @@ def checked(
     seen: dict[int, str] = {}
     copies: Counter[int] = Counter()
     for row in limited(manifest, limit):
-        if isinstance(row, Request):
+        if repeated and isinstance(row, Request):
             row = _told_apart(row, repeated, seen, copies)
         if isinstance(row, Request):
             problem = _impossible(row, resolved)

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 SCHEMA_VERSION = 1
+PART = "\x1f"
 ERROR_CLASSES = ("oom", "nan", "io", "device", "timeout", "worker_lost", "bug")
 
 
@@ -175,18 +176,19 @@ def hash64(text: str) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
+def image_number(prompt_id: str, image_index: int) -> int:
+    """Give one image its number: 64 bits of (prompt id, image index)."""
+    return hash64(f"{prompt_id}{PART}{image_index}")
+
+
 def image_id(prompt_id: str, image_index: int) -> str:
-    """Name one image: 16 hex digits of (prompt id, image index)."""
-    return f"{hash64(_joined(prompt_id, image_index)):016x}"
+    """Name one image: its number in 16 hex digits."""
+    return f"{image_number(prompt_id, image_index):016x}"
 
 
 def derived_seed(job_seed: int, prompt_id: str, image_index: int) -> int:
     """Give a task without a seed one of 32 bits that no resharding can change."""
-    return hash64(_joined(job_seed, prompt_id, image_index)) >> 32
-
-
-def _joined(*parts: object) -> str:
-    return "\x1f".join(str(part) for part in parts)
+    return hash64(f"{job_seed}{PART}{prompt_id}{PART}{image_index}") >> 32
 
 
 def image_path(image_id: str, extension: str, mark: str = "") -> str:

@@ -75,6 +75,8 @@ def text(value: Any) -> str:
     """Take text that can be written as UTF-8."""
     if not isinstance(value, str):
         raise ValueError(f"expected text, found {type(value).__name__}")
+    if value.isascii():
+        return value
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -109,14 +109,13 @@ class Index:
     def counts(self) -> dict[str, int]:
         return {s: int((self.status == i).sum()) for i, s in enumerate(STATUSES)}
 
-    def find(self, image_ids: Sequence[str]) -> np.ndarray:
-        """Give each image's position in the index, -1 where it has no row."""
-        asked = np.array([int(i, 16) for i in image_ids], np.uint64)
-        return parts.lookup(self.ids, asked)
-
     def is_done(self, image_ids: Sequence[str]) -> np.ndarray:
         """Tell which images are made or failed for good; an invalid row is neither."""
-        at = self.find(image_ids)
+        return self.are_done(_numbers(image_ids))
+
+    def are_done(self, images: np.ndarray) -> np.ndarray:
+        """Tell the same of image numbers (uint64)."""
+        at = parts.lookup(self.ids, images)
         if not len(self.ids):
             return (at >= 0) | (self.again is not None)
         if self.again is not None:
@@ -125,10 +124,14 @@ class Index:
 
     def attempts_of(self, image_ids: Sequence[str]) -> np.ndarray:
         """Give how often each image was tried so far."""
-        at = self.find(image_ids)
+        at = parts.lookup(self.ids, _numbers(image_ids))
         if not len(self.ids):
             return np.zeros(len(at), np.int32)
         return np.where(at >= 0, self.attempts[at], 0)
+
+
+def _numbers(image_ids: Sequence[str]) -> np.ndarray:
+    return np.array([int(i, 16) for i in image_ids], np.uint64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from jobs.manifest import Manifest
 from jobs.method import method_of
 from jobs.plan import checked, image_count, size_of
 from jobs.progress import counted
-from jobs.records import Rejected, hash64, image_id
+from jobs.records import Rejected, hash64, image_number
 from jobs.resolved import Resolved
 from jobs.store import Index
 
@@ -74,8 +74,8 @@ def _survey(
     repeated: frozenset[int],
 ) -> Survey:
     ids, contents = array("Q"), array("Q")
-    names: list[str] = []
-    done = 0
+    images = array("Q")
+    kinds: Counter[tuple[int, int, str, int]] = Counter()
     eps_trained = resolved.model.scaling == "EpsScaling"
     found = Survey(repeated=repeated)
     rows = checked(manifest, resolved, repeated, limit)
@@ -88,26 +88,34 @@ def _survey(
             continue
         ids.append(hash64(row.prompt_id))
         contents.append(row.content)
-        images = image_count(row, resolved)
-        found.tasks += images
-        if eps_trained and (warning := method_of(row, resolved.sampling).warning):
-            found.warnings[warning] += 1
-        width, height = size_of(row, resolved)
+        count = image_count(row, resolved)
+        method = method_of(row, resolved.sampling)
+        if eps_trained and method.warning:
+            found.warnings[method.warning] += 1
         guider = row.guider or resolved.guider
-        steps = row.steps or resolved.sampling.steps
-        found.graphs[width, height, guider] += images
-        found.image_steps[width, height, steps] += images
+        kinds[(*size_of(row, resolved), guider, method.steps)] += count
         if index is not None:
-            names.extend(image_id(row.prompt_id, i) for i in range(images))
-            if len(names) >= CHUNK:
-                done += int(index.is_done(names).sum())
-                names.clear()
-    if index is not None:
-        done += int(index.is_done(names).sum())
-    found.pending = found.tasks - done
+            images.extend([image_number(row.prompt_id, i) for i in range(count)])
+            if len(images) >= CHUNK:
+                found.pending += _pending(images, index)
+    for (width, height, guider, steps), count in kinds.items():
+        found.tasks += count
+        found.graphs[width, height, guider] += count
+        found.image_steps[width, height, steps] += count
+    if index is None:
+        found.pending = found.tasks
+    else:
+        found.pending += _pending(images, index)
     found.ids = np.array(ids, np.uint64)
     found.contents = np.array(contents, np.uint64)
     return found
+
+
+def _pending(images: array[int], index: Index) -> int:
+    """Count the images that are still to make, and empty the array."""
+    done = index.are_done(np.array(images, np.uint64))
+    del images[:]
+    return int((~done).sum())
 
 
 def _repeated(ids: np.ndarray) -> frozenset[int]:

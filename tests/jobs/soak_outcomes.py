@@ -11,7 +11,7 @@ WRONG = ("lost", "doubled", "differ", "hung", "orphans", "findings")
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One run: how it was killed, at the first aim or a later one, and what was wrong after."""
+    """One run: how it was killed, at which aim, and what was wrong."""
 
     seed: int
     number: int
