@@ -26,7 +26,7 @@ from jobs.errors import OutputError
 from jobs.records import ERROR_CLASSES, RESULT_COLUMNS
 
 STATUSES = ("ok", "failed", "invalid")
-COMPACT_ROWS = 250_000
+COMPACT_ROWS = 65_536
 GROUP_ROWS = 8_192
 
 _ARROW = {
