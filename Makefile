@@ -35,7 +35,7 @@ test-slow: $(READY) $(TINY)  ## Run the tests that take long
 test-full: $(READY)  ## Run the full-size network once on the CPU (16 GB of memory, 7 GB of disk)
 	$(BIN)/python -m pytest -m full -s
 
-soak: $(READY)  ## Kill 200 jobs at bad moments and resume them (half an hour)
+soak: $(READY)  ## Kill 200 jobs at bad moments and resume them (an hour)
 	$(BIN)/python tests/jobs/soak.py --runs 200 --report docs/reliability.md
 
 fuzz: $(READY)  ## Feed 100,000 damaged files to every reader (minutes)
