@@ -69,6 +69,8 @@ def from_dict(tree: Mapping[str, Mapping[str, Any]]) -> JobConfig:
         values = dict(tree.get(name) or {})
         for key in values:
             _refuse_unknown(key, _fields(name), f"key in `{name}`")
+        if values.get("compile_cache") is False:
+            values["compile_cache"] = "off"  # what YAML makes of it unquoted
         hints = typing.get_type_hints(kind)
         sections[name] = kind(
             **{k: _typed(v, hints[k], f"{name}.{k}") for k, v in values.items()}

@@ -218,8 +218,7 @@ class Pool:
         made: int,
         failed: int,
         seconds: float,
-        compiles: dict[str, int],
-        compile_ms: dict[str, float],
+        state: dict[str, Any],
     ) -> None:
         if made:
             slot.losses = slot.blamed = 0
@@ -227,7 +226,7 @@ class Pool:
         stats["made"] = stats.get("made", 0) + made
         stats["failed"] = stats.get("failed", 0) + failed
         stats["seconds"] = stats.get("seconds", 0.0) + seconds
-        stats["compiles"], stats["compile_ms"] = compiles, compile_ms
+        stats |= state
         self._observer.batch_made(made, failed)
 
     def _on_part(self, slot: Slot, name: str, done: list[tuple[str, str]]) -> None:

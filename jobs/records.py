@@ -353,4 +353,6 @@ RESULT_COLUMNS: dict[str, str] = {
     "device_id": "int32",
     "host": "string",
     "mindspore_version": "string",
+    "peak_memory_mb": "float32",
+    "peak_device_memory_mb": "float32",
 }

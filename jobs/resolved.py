@@ -48,6 +48,7 @@ class Resolved:
     max_attempts: int
     batch_timeout: float | None
     output: OutputSection
+    compile_cache: Path | None = None
     init_folder: Path = Path()
 
     @property
@@ -102,6 +103,7 @@ def resolve(config: JobConfig, *, native_size: int, kind: str = "base") -> Resol
         max_attempts=config.runtime.max_attempts,
         batch_timeout=_batch_timeout(config.runtime, target),
         output=config.output,
+        compile_cache=_compile_cache(config.runtime.compile_cache),
     )
 
 
@@ -110,6 +112,20 @@ def _batch_timeout(runtime: RuntimeSection, target: str) -> float | None:
     if runtime.batch_timeout is None and target == "Ascend":
         return ASCEND_BATCH_TIMEOUT
     return runtime.batch_timeout
+
+
+def _compile_cache(asked: str) -> Path | None:
+    """Choose where compiled graphs are kept; None where they are not."""
+    from sdxl.cache_key import default_root
+
+    if asked == "off":
+        return None
+    if asked != "auto":
+        return Path(asked).absolute()
+    try:
+        return default_root()
+    except RuntimeError:  # a user without a home
+        return None
 
 
 def _devices(runtime: RuntimeSection) -> tuple[str, tuple[int, ...]]:

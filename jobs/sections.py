@@ -81,7 +81,10 @@ class RefinerSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeSection:
-    """Where and how it runs; nothing here changes what a picture shows."""
+    """Where and how it runs; nothing here changes what a picture shows.
+
+    `compile_cache` is a folder, `auto` (the user's) or `off`.
+    """
 
     device_target: Literal["auto", "Ascend", "CPU"] = "auto"
     devices: str = "auto"
@@ -93,6 +96,7 @@ class RuntimeSection:
     writer_threads: int = 2
     max_attempts: int = 3
     batch_timeout: float | None = None
+    compile_cache: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

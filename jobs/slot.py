@@ -113,6 +113,9 @@ class Slot:
             "images_per_s": made / seconds if seconds else None,
             "compiles": self.stats.get("compiles", {}),
             "compile_ms": self.stats.get("compile_ms", {}),
+            "loads": self.stats.get("loads", {}),
+            "peak_memory_mb": self.stats.get("peak_memory_mb"),
+            "peak_device_memory_mb": self.stats.get("peak_device_memory_mb"),
         }
 
 

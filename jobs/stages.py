@@ -9,6 +9,8 @@ heavy is imported until a process really runs a network.
 from __future__ import annotations
 
 import importlib
+import resource
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +32,9 @@ class PipelineLike(Protocol):
     """What the runner needs of a model; the tests have a fake one.
 
     A pipeline may also have `encode_images(pixels, pictures, batch_size)`, whose
-    result goes to `sample` as `init`, and `base_pixels(batch_size)`: what its first
-    stage made.
+    result goes to `sample` as `init`; `base_pixels(batch_size)`: what its first stage
+    made; `loads`: of `compiles`, how often from the compile cache; `peak_memory()`: see
+    `memory_of`.
     """
 
     compiles: dict[str, int]
@@ -86,8 +89,21 @@ def make(
         pixels=pixels,
         finite=np.isfinite(latents).reshape(len(tasks), -1).all(axis=1),
         base_pixels=clock.time("decode_ms", base_pixels, batch_size),
-        measured=clock.measured(),
+        measured=clock.measured() | memory_of(pipeline),
     )
+
+
+def memory_of(pipeline: PipelineLike) -> Row:
+    """Say how much memory was needed so far, in MB: of the host, of the device."""
+    peak: Any = getattr(pipeline, "peak_memory", lambda: (host_memory(), None))
+    host, device = peak()
+    return {"peak_memory_mb": host, "peak_device_memory_mb": device}
+
+
+def host_memory() -> float:
+    """Give the most memory that this process had so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1024 if sys.platform == "linux" else peak / 1024**2
 
 
 def pipeline_name(resolved: Resolved) -> str:
@@ -110,6 +126,7 @@ def pipeline_options(resolved: Resolved, threads: int) -> dict[str, Any]:
         "loras": [(Path(lora.path), lora.scale) for lora in model.loras],
         "scaling": model.scaling,
         "quantize_sigma": model.quantize_sigma,
+        "compile_cache": resolved.compile_cache,
     }
     if refiner:
         options |= {

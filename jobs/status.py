@@ -51,11 +51,15 @@ def describe(report: dict[str, Any]) -> str:
         lines.append(f"  {report['images_per_s']:.3g} img/s{left}")
     for worker in report["workers"]:
         rate = worker["images_per_s"]
-        graphs = sum(worker["compiles"].values())
+        loaded = sum(worker.get("loads", {}).values())
+        graphs = sum(worker["compiles"].values()) - loaded
+        memory = worker.get("peak_memory_mb")
         lines.append(
             f"  {worker['worker']} on {worker['device']}: "
             f"{worker['state']}, {worker['made']} made, {worker['failed']} failed, "
-            f"{graphs} graphs compiled" + (f", {rate:.3g} img/s" if rate else "")
+            f"{graphs} graphs compiled, {loaded} loaded"
+            + (f", {rate:.3g} img/s" if rate else "")
+            + (f", peak {memory / 1024:.3g} GB" if memory else "")
         )
     return "\n".join(lines)
 

@@ -44,7 +44,7 @@ from jobs.records import (
     picture_settings,
     task_row,
 )
-from jobs.stages import Made, PipelineLike, make
+from jobs.stages import Made, PipelineLike, make, memory_of
 from jobs.store import Store, make_folder, publish
 
 COMMIT_SECONDS = 30.0
@@ -133,9 +133,16 @@ class Worker:
             made=len(batch.tasks) - failed,
             failed=failed,
             seconds=time.perf_counter() - before,
-            compiles=dict(self.pipeline.compiles),
-            compile_ms=dict(self.pipeline.compile_ms),
+            state=self._state(),
         )
+
+    def _state(self) -> Row:
+        """Say what became of the graphs, and how much memory it took."""
+        return {
+            "compiles": dict(self.pipeline.compiles),
+            "compile_ms": dict(self.pipeline.compile_ms),
+            "loads": dict(getattr(self.pipeline, "loads", {})),
+        } | memory_of(self.pipeline)
 
     def _attempt(self, tasks: list[Task]) -> list[Made | Row]:
         """Call the device; on failure split the batch, down to a single task."""

@@ -1,14 +1,16 @@
 """Compiled graphs: one per key, counted and timed.
 
 Design: a graph's shapes never change, so a key that compiles twice is a bug, and shows
-in `Graphs.compiles`. Arrays go in and come out as numpy; what a batch reuses in every
-step is put on the device once, with `on_device`.
+in `Graphs.compiles`. What a process before this one compiled is loaded from the compile
+cache, where there is one. Arrays go in and come out as numpy; what a batch reuses in
+every step is put on the device once, with `on_device`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -18,6 +20,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from sdxl import ops
+from sdxl.compile_cache import CompileCache, uncached
 
 Input = np.ndarray | Tensor
 
@@ -89,20 +92,29 @@ class Graphs:
     """The graphs of one model, made when first asked for.
 
     `prefix` precedes their keys, to tell two models of one process apart. `compiles`
-    and `compile_ms` go by key: how often it was compiled, which should be once, and how
-    long that took in all.
+    and `compile_ms` go by key: how often it was made ready, which should be once, and
+    how long that took in all; `loads`: how often from the compile cache.
     """
 
     def __init__(
-        self, *, precision: str, jit_level: str, device_target: str, prefix: str = ""
+        self,
+        *,
+        precision: str,
+        jit_level: str,
+        device_target: str,
+        prefix: str = "",
+        cache: CompileCache | None = None,
     ) -> None:
+        self.cache = cache
         self.prefix = prefix
         mark = ops.form().mark
         self.suffix = f"{precision}-{jit_level}-{device_target.lower()}{mark}"
         self.jit_level = jit_level
         self.compiles: dict[str, int] = {}
         self.compile_ms: dict[str, float] = {}
+        self.loads: dict[str, int] = {}
         self._cells: dict[str, nn.Cell] = {}
+        self._shapes: dict[str, str] = {}
 
     def run(self, name: str, make: Callable[[], nn.Cell], *inputs: Input) -> Any:
         """Run the graph `name`, whose cell `make` builds; return what it returns."""
@@ -125,18 +137,47 @@ class Graphs:
     def _compile(self, key: str, cell: nn.Cell, inputs: list[Tensor]) -> None:
         """Compile if these inputs need it; MindSpore keeps an entry per signature."""
         before, start = len(cell.compile_cache), time.perf_counter()
-        cell.compile(*inputs)
+        loaded = self._make_ready(key, cell, inputs)
         compiled = len(cell.compile_cache) - before
         if compiled == 0:
             return
-        if ms.get_context("device_target") == "Ascend":
-            cell(*inputs)  # the device's engine finishes its build in the first run
         elapsed = (time.perf_counter() - start) * 1e3
         self.compiles[key] = self.compiles.get(key, 0) + compiled
         self.compile_ms[key] = self.compile_ms.get(key, 0.0) + elapsed
+        self.loads[key] = self.loads.get(key, 0) + loaded
+
+    def _make_ready(self, key: str, cell: nn.Cell, inputs: list[Tensor]) -> bool:
+        """Have MindSpore compile or load the graph; tell which."""
+        shapes = _shapes(inputs)
+        if self._shapes.get(key) == shapes:
+            cell.compile(*inputs)  # does nothing, if all is well
+            return False
+
+        def compile_it() -> None:
+            cell.compile(*inputs)
+            if ms.get_context("device_target") == "Ascend":
+                cell(*inputs)  # the device's engine finishes its build in the first run
+
+        self._shapes[key] = shapes
+        if self.cache is None:
+            uncached(compile_it)
+            return False
+        return self.cache.ready(key, _signature(cell, shapes), compile_it)
 
     def release(self, name: str = "") -> None:
         """Drop the graphs whose name begins so, and what they hold."""
         start = self.prefix + name
         for key in [key for key in self._cells if key.startswith(start)]:
             del self._cells[key]
+            self._shapes.pop(key, None)
+
+
+def _shapes(tensors: Iterable[Tensor]) -> str:
+    return " ".join(f"{x.dtype}{tuple(x.shape)}" for x in tensors)
+
+
+def _signature(cell: nn.Cell, shapes: str) -> str:
+    """Hash a graph's form, the shapes of its inputs, its parameters' names and shapes."""
+    parameters = cell.parameters_dict()
+    lines = [repr(ops.form()), shapes, *parameters, _shapes(parameters.values())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

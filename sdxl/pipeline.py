@@ -17,11 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
+from sdxl.cache_key import graphs_folder
+from sdxl.compile_cache import CompileCache
 from sdxl.conditioning import Conditioning, conditioning
 from sdxl.config import PRESETS, VAE_FACTOR, ModelConfig, VAEConfig
 from sdxl.denoiser import Denoiser, Mode
 from sdxl.graphs import Graphs, set_up
 from sdxl.lora import Lora, LoraSet
+from sdxl.memory import Peak, peak_memory
 from sdxl.model import SDXL
 from sdxl.picture import (
     Picture,
@@ -85,26 +88,32 @@ class Pipeline:
         scaling: str = "EpsScaling",
         quantize_sigma: bool = True,
         name: str = "",
+        compile_cache: Path | None = None,
     ) -> Pipeline:
         """Read a checkpoint onto a device; None gives random weights of `preset`.
 
         `loras` are files and scales, merged while reading; `scaling` and
         `quantize_sigma` are `schedule.precondition`'s; `name` precedes graph keys.
+        Compiled graphs are kept below `compile_cache` for the processes to come.
         Raises `CheckpointError` when the checkpoint is not whole or not of that preset,
         or a LoRA does not fit.
         """
         set_up(device_target, device_id, threads, flash_attention=flash_attention)
-        graphs = Graphs(
-            precision=precision,
-            jit_level=jit_level,
-            device_target=device_target,
-            prefix=name,
-        )
         if checkpoint is None:
             stored = RandomCheckpoint(PRESETS[preset or "tiny"])
         else:
             stored = open_checkpoint(checkpoint, preset=preset)
         stored.check()
+        cache = None
+        if compile_cache is not None:
+            cache = CompileCache(graphs_folder(compile_cache, stored.config))
+        graphs = Graphs(
+            precision=precision,
+            jit_level=jit_level,
+            device_target=device_target,
+            prefix=name,
+            cache=cache,
+        )
         merged = LoraSet(
             [Lora(path=path, scale=scale) for path, scale in loras], stored.config
         )
@@ -128,6 +137,15 @@ class Pipeline:
     def compile_ms(self) -> dict[str, float]:
         """How long each graph key took to compile, in all."""
         return self.graphs.compile_ms
+
+    @property
+    def loads(self) -> dict[str, int]:
+        """How often each graph key came from the compile cache."""
+        return self.graphs.loads
+
+    def peak_memory(self) -> Peak:
+        """Give the most memory needed so far, in MB: host's, and device's if any."""
+        return peak_memory()
 
     def encode(self, pictures: Sequence[Picture], batch_size: int) -> Conditioning:
         """Encode prompts and numbers; a text seen lately is not encoded again."""

@@ -21,18 +21,21 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
+from sdxl.memory import Peak, largest, peak_memory
+
 if TYPE_CHECKING:
     from sdxl.pipeline import Pipeline
 
 Loader = Callable[[], "Pipeline"]
 END_SECONDS = 10
 PR_SET_PDEATHSIG = 1
+COUNTS = ("compiles", "compile_ms", "loads")
 # What a second stage needs of a first one, and a caller of both.
 METHODS = ("encode", "encode_images", "begin", "run", "decode")
 
 
 class Remote:
-    """A `Pipeline` in a process of its own: its methods, and what it compiled.
+    """A `Pipeline` in a process of its own: its methods, what it compiled and needed.
 
     `load` must be picklable. `close()` ends the process and frees its memory. Raises
     what the pipeline raises; EOFError when the process died.
@@ -41,6 +44,8 @@ class Remote:
     def __init__(self, load: Loader) -> None:
         self.compiles: dict[str, int] = {}
         self.compile_ms: dict[str, float] = {}
+        self.loads: dict[str, int] = {}
+        self.memory: Peak = (0.0, None)
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         process = context.Process(target=serve, args=(other, load), daemon=True)
@@ -49,6 +54,10 @@ class Remote:
         # Python waits for its children before it ends: this one must be told first.
         self.close = util.Finalize(self, end, (self._pipe, process), exitpriority=10)
         self._receive()
+
+    def peak_memory(self) -> Peak:
+        """Give what its process needed at most, as it last said."""
+        return self.memory
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name not in METHODS:
@@ -60,7 +69,9 @@ class Remote:
         return self._receive()
 
     def _receive(self) -> Any:
-        result, error, self.compiles, self.compile_ms = self._pipe.recv()
+        result, error, counts, self.memory = self._pipe.recv()
+        for what in COUNTS:
+            setattr(self, what, counts[what])
         if error is not None:
             raise error
         return result
@@ -89,9 +100,9 @@ def serve(pipe: Connection, load: Loader) -> None:
                 result = getattr(pipeline, method)(*args)
         except Exception as caught:
             error = caught
-        counts = (pipeline.compiles, pipeline.compile_ms) if pipeline else ({}, {})
+        counts = {what: getattr(pipeline, what, {}) for what in COUNTS}
         try:
-            pipe.send((result, error, *counts))
+            pipe.send((result, error, counts, peak_memory()))
             method, args = pipe.recv()
         except (EOFError, OSError):
             return
@@ -110,6 +121,7 @@ class Residents:
         self.loaders = loaders
         self.one = one
         self._gone: dict[str, Counter[str]] = {}
+        self._peak: Peak = (0.0, None)
         self._loaded: dict[str, Any] = {}
 
     def get(self, name: str) -> Pipeline:
@@ -126,13 +138,23 @@ class Residents:
     def release(self) -> None:
         """Let the pipelines of other processes go, keeping what was counted."""
         for pipeline in self._loaded.values():
-            for what in ("compiles", "compile_ms"):
+            self._peak = largest(self._peak, pipeline.peak_memory())
+            for what in COUNTS:
                 self._gone.setdefault(what, Counter()).update(getattr(pipeline, what))
             pipeline.close()
         self._loaded.clear()
 
+    def peak_memory(self) -> Peak:
+        """Give the most that this process and one beside it needed, in MB."""
+        here = peak_memory()
+        if not self.one:
+            return here
+        for pipeline in self._loaded.values():
+            self._peak = largest(self._peak, pipeline.peak_memory())
+        return here[0] + self._peak[0], self._peak[1]
+
     def count(self, what: str) -> dict[str, Any]:
-        """Add up `compiles` or `compile_ms` of the pipelines there and gone."""
+        """Add up one of `COUNTS` of the pipelines there and gone."""
         total = Counter(self._gone.get(what, {}))
         for pipeline in self._loaded.values():
             total.update(getattr(pipeline, what))

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sdxl.conditioning import Conditioning
+from sdxl.memory import Peak
 from sdxl.picture import Picture, Start, levels_of, noised
 from sdxl.pipeline import Pipeline
 from sdxl.residents import Residents
@@ -133,6 +134,15 @@ class TwoStage:
     def compile_ms(self) -> dict[str, float]:
         """How long each graph key took to compile, in all."""
         return self.residents.count("compile_ms")
+
+    @property
+    def loads(self) -> dict[str, int]:
+        """How often each graph key came from the compile cache."""
+        return self.residents.count("loads")
+
+    def peak_memory(self) -> Peak:
+        """Give the most memory needed so far, in MB: host's, and device's if any."""
+        return self.residents.peak_memory()
 
     def encode(self, pictures: Sequence[Picture], batch_size: int) -> TwoConditionings:
         """Encode prompts and numbers for each stage that is there."""
