@@ -150,7 +150,7 @@ class Graphs:
         """Have MindSpore compile or load the graph; tell which."""
         shapes = _shapes(inputs)
         if self._shapes.get(key) == shapes:
-            cell.compile(*inputs)  # does nothing, if all is well
+            uncached(lambda: cell.compile(*inputs))  # does nothing, if all is well
             return False
 
         def compile_it() -> None:
@@ -158,11 +158,13 @@ class Graphs:
             if ms.get_context("device_target") == "Ascend":
                 cell(*inputs)  # the device's engine finishes its build in the first run
 
-        self._shapes[key] = shapes
+        loaded = False
         if self.cache is None:
             uncached(compile_it)
-            return False
-        return self.cache.ready(key, _signature(cell, shapes), compile_it)
+        else:
+            loaded = self.cache.ready(key, _signature(cell, shapes), compile_it)
+        self._shapes[key] = shapes
+        return loaded
 
     def release(self, name: str = "") -> None:
         """Drop the graphs whose name begins so, and what they hold."""
@@ -177,7 +179,7 @@ def _shapes(tensors: Iterable[Tensor]) -> str:
 
 
 def _signature(cell: nn.Cell, shapes: str) -> str:
-    """Hash a graph's form, the shapes of its inputs, its parameters' names and shapes."""
+    """Hash a graph's form, its inputs' shapes, its parameters' names and shapes."""
     parameters = cell.parameters_dict()
     lines = [repr(ops.form()), shapes, *parameters, _shapes(parameters.values())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -197,7 +197,11 @@ def test_only_the_call_that_compiles_says_so(bench):
     rows = bench(list("abcd"), batch_size=2)
     assert [rows[i]["includes_compile"] for i in range(4)] == [True, True, False, False]
     assert [rows[i]["compile_ms"] for i in range(4)] == [0.5, 0.5, 0.0, 0.0]
-    assert bench.told.of("batch")[-1]["compiles"] == {"fake-b2-8x8": 1}
+    state = bench.told.of("batch")[-1]["state"]
+    assert state["compiles"] == {"fake-b2-8x8": 1}
+    assert 1 < rows[0]["peak_memory_mb"] <= rows[3]["peak_memory_mb"]
+    assert rows[3]["peak_memory_mb"] <= state["peak_memory_mb"] + 1
+    assert rows[3]["peak_device_memory_mb"] is None
 
 
 def test_a_prompt_that_the_window_cuts_is_said_to_be(bench):
