@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
+from jobs.dispatch import Dispatch
 from jobs.errors import OutputError, WorkerError
 from jobs.leases import give_back
 from jobs.parts import result_schema
@@ -64,14 +65,13 @@ class Pool:
     ) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._slots = [Slot(spec) for spec in specs]
-        self._shards = shards
+        self._dispatch = Dispatch(shards)
         self._returned: deque[Shard] = deque()
         self._observer = observer
         self._stop = stop
         self._store = Store(specs[0].root)
         self._lost_parts = 0
         self._unmerged: list[str] = []
-        self._exhausted = False
         self._told_to_stop = False
         self._ever_ready = False
 
@@ -101,7 +101,7 @@ class Pool:
     def _finished(self) -> bool:
         if self._stop.asked:
             return not any(slot.process for slot in self._slots)
-        return self._exhausted and not self._returned and not self._busy()
+        return self._dispatch.exhausted and not self._returned and not self._busy()
 
     def _busy(self) -> bool:
         return any(slot.leases for slot in self._slots)
@@ -120,20 +120,13 @@ class Pool:
             for slot in self._slots:
                 if slot.state != "ready" or len(slot.leases) >= ahead or slot.careful:
                     continue
-                shard = self._next_shard(careful_fits=not slot.leases)
-                if shard is None:
-                    return
-                slot.lease(shard)
+                if shard := self._next_shard(slot):
+                    slot.lease(shard)
 
-    def _next_shard(self, careful_fits: bool) -> Shard | None:
-        if self._returned and careful_fits:
+    def _next_shard(self, slot: Slot) -> Shard | None:
+        if self._returned and not slot.leases:
             return self._returned.popleft()
-        if not self._exhausted:
-            shard = next(self._shards, None)
-            if shard is not None:
-                return shard
-            self._exhausted = True
-        return None
+        return self._dispatch.take(slot, idle=not slot.leases)
 
     def _heed_stop(self) -> None:
         if self._stop.asked >= 2:
@@ -218,6 +211,8 @@ class Pool:
         made: int,
         failed: int,
         seconds: float,
+        preparing: float,
+        graph: tuple[Any, ...],
         state: dict[str, Any],
     ) -> None:
         if made:
@@ -227,6 +222,7 @@ class Pool:
         stats["failed"] = stats.get("failed", 0) + failed
         stats["seconds"] = stats.get("seconds", 0.0) + seconds
         stats |= state
+        self._dispatch.measured(graph, made, seconds, preparing)
         self._observer.batch_made(made, failed)
 
     def _on_part(self, slot: Slot, name: str, done: list[tuple[str, str]]) -> None:
@@ -264,6 +260,7 @@ class Pool:
         if slot.state == "ended" or self._stop.asked:
             slot.state = "ended"
             return
+        self._dispatch.forget(slot)
         self._find_unannounced(slot)
         reason = slot.reason or death(code)
         self._observer.say(f"worker {slot.spec.name} is lost: {reason}")

@@ -120,7 +120,7 @@ class Worker:
 
     def _make(self, batch: Batch) -> None:
         started = datetime.now(timezone.utc)
-        before = time.perf_counter()
+        before, prepared = time.perf_counter(), self._preparing()
         failed = 0
         for outcome in self._attempt(list(batch.tasks)):
             if isinstance(outcome, Made):
@@ -133,8 +133,14 @@ class Worker:
             made=len(batch.tasks) - failed,
             failed=failed,
             seconds=time.perf_counter() - before,
+            preparing=self._preparing() - prepared,
+            graph=batch.tasks[0].graph,
             state=self._state(),
         )
+
+    def _preparing(self) -> float:
+        """Give the seconds that went into making graphs ready, in all."""
+        return sum(self.pipeline.compile_ms.values()) / 1e3
 
     def _state(self) -> Row:
         """Say what became of the graphs, and how much memory it took."""

@@ -117,6 +117,29 @@ def test_a_graph_is_compiled_once_whatever_the_samplers(mixed):
     }
 
 
+def test_samplers_scales_and_short_batches_compile_nothing_more(tmp_path, models):
+    """Seven samplers, fifty guidance scales, batches of two where threes are short."""
+    rows = [
+        (f"r{i}", f"a lake {i % 5}", list(SAMPLERS)[i % 7], 0.5 + i / 4, 2 + i % 2)
+        for i in range(50)
+    ]
+    columns = ("id", "prompt", "sampler", "guidance_scale", "steps")
+    write_csv(tmp_path / "m.csv", rows, columns)
+    size = ("sampling.width=64", "sampling.height=64", "runtime.workers=2")
+    config = _config(models["base"], "runtime.batch_size=3", *size)
+    asked = Order(config=config, manifest=tmp_path / "m.csv", output=tmp_path / "out")
+    assert run(asked).counts == {"ok": 50, "failed": 0, "invalid": 0}
+    made = rows_of(tmp_path / "out")
+    assert len({row["guidance_scale"] for row in made}) == 50
+    assert {row["sampler"] for row in made} == set(SAMPLERS) and len(SAMPLERS) == 7
+    assert {row["batch_valid"] for row in made} >= {1, 3}
+    workers = [w for w in read_status(tmp_path / "out")["workers"] if w["made"]]
+    graphs = {key for worker in workers for key in worker["compiles"]}
+    for worker in workers:
+        assert worker["compiles"] == dict.fromkeys(graphs, 1)
+    assert sum(key.startswith("unet-") for key in graphs) == 1
+
+
 def test_rows_run_alone_give_the_pixels_they_have_in_company(mixed):
     asked, _ = mixed
     resolved = replace(
