@@ -4,8 +4,9 @@
                                                           file, hash
 
 The main thread keeps the device busy; a bounded pool of threads writes images while the
-next batch runs. Rows become a part every `commit_every` images and at the end of a
-lease; only then is the supervisor told. Nothing is shared with other workers but the
+next batch is encoded and denoised. Rows become a part every `commit_every` images and
+at the end of a lease, in a thread of their own, which waits for files and disk; only
+then is the supervisor told. Nothing is shared with other workers but the
 folder: one pipe each, so that a worker killed anywhere holds no lock that others need.
 When the supervisor is gone the pipe says so, and the worker ends at once.
 
@@ -21,6 +22,7 @@ import socket
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -83,6 +85,7 @@ class Worker:
     _inbox: queue.SimpleQueue[Shard | None] = field(default_factory=queue.SimpleQueue)
     _stop: threading.Event = field(default_factory=threading.Event)
     _pending: list[Future[Row]] = field(default_factory=list)
+    _commits: deque[Future[None]] = field(default_factory=deque)
     _called: set[Any] = field(default_factory=set)
     _parts: int = 0
     _last_commit: float = field(default_factory=time.monotonic)
@@ -91,6 +94,7 @@ class Worker:
         self._store = Store(self.spec.root)
         self._schema = result_schema(self.spec.extras)
         self._writers = ThreadPoolExecutor(self.spec.writer_threads, "writer")
+        self._committer = ThreadPoolExecutor(1, "committer")
         self._room = threading.Semaphore(4 * self.spec.batch_size + 4)
 
     def listen(self, pipe: Connection) -> None:
@@ -113,9 +117,10 @@ class Worker:
                 self._make(batch)
                 if self._commit_is_due():
                     self._commit()
-            self._commit()
-            self.outbox.send("lease_done", shard=shard.number)
+            self._commit(shard.number)
+        self._heed_commits(wait=True)
         self._writers.shutdown()
+        self._committer.shutdown()
         self.outbox.send("bye")
 
     def _make(self, batch: Batch) -> None:
@@ -275,18 +280,32 @@ class Worker:
             or waited > COMMIT_SECONDS
         )
 
-    def _commit(self) -> None:
-        """Publish the rows of all images written so far, then tell the supervisor."""
-        rows = [pending.result() for pending in self._pending]
-        self._pending.clear()
+    def _commit(self, shard: int | None = None) -> None:
+        """Have the rows of what was made so far published, and the lease's end told.
+
+        That waits for files and the disk, so it is done beside the device's work.
+        """
+        rows, self._pending = self._pending, []
         self._last_commit = time.monotonic()
-        if not rows:
-            return
-        self._parts += 1
-        name = f"{self.spec.name}-{self._parts:06d}"
-        self._store.write_part(name, rows, self._schema)
-        done = [(row["image_id"], row["status"]) for row in rows]
-        self.outbox.send("part", name=name, done=done)
+        self._commits.append(self._committer.submit(self._publish, rows, shard))
+        self._heed_commits(wait=False)
+
+    def _heed_commits(self, *, wait: bool) -> None:
+        """Raise what a commit raised: of those that are done, or of all."""
+        while self._commits and (wait or self._commits[0].done()):
+            self._commits.popleft().result()
+
+    def _publish(self, pending: list[Future[Row]], shard: int | None) -> None:
+        """Publish rows once their images are written, then tell the supervisor."""
+        rows = [future.result() for future in pending]
+        if rows:
+            self._parts += 1
+            name = f"{self.spec.name}-{self._parts:06d}"
+            self._store.write_part(name, rows, self._schema)
+            done = [(row["image_id"], row["status"]) for row in rows]
+            self.outbox.send("part", name=name, done=done)
+        if shard is not None:
+            self.outbox.send("lease_done", shard=shard)
 
 
 def classify(error: BaseException) -> str:

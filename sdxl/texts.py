@@ -1,8 +1,9 @@
 """Texts through a model's encoders, each distinct one once.
 
 Design: prompts of a job repeat, negative prompts most of all, so what was encoded
-lately is kept on the host. The batch size is part of what is remembered: another one
-moves a text's numbers by 1e-6.
+lately is kept on the host, by its token ids: texts that read alike to the encoders are
+one. The batch size is part of what is remembered: another one moves a text's numbers by
+1e-6.
 """
 
 from __future__ import annotations
@@ -49,35 +50,35 @@ class Texts:
         self.model = model
         self.graphs = graphs
         self._tokenizers = [Tokenizer(e.pad_id) for e in config.text_encoders]
-        self._known: OrderedDict[tuple[str, int], Text] = OrderedDict()
+        self._known: OrderedDict[tuple[bytes, int], Text] = OrderedDict()
 
     def encode(self, texts: Iterable[str], batch_size: int) -> dict[str, Text]:
         """Encode the distinct ones of `texts` that are not known yet."""
-        distinct = dict.fromkeys(texts)
-        missing = [text for text in distinct if (text, batch_size) not in self._known]
-        fresh: dict[str, Text] = {}
-        for rows, valid in filled(len(missing), batch_size):
-            part = [missing[row] for row in rows]
-            hidden, pooled = self._run(part)
+        distinct = list(dict.fromkeys(texts))
+        ids = [tokenizer(distinct)[0] for tokenizer in self._tokenizers]
+        keys = [
+            (b"".join(one[i].tobytes() for one in ids), batch_size)
+            for i in range(len(distinct))
+        ]
+        rows = {key: i for i, key in enumerate(keys)}
+        missing = [i for key, i in rows.items() if key not in self._known]
+        found = {key: self._known[key] for key in rows if key in self._known}
+        for part, valid in filled(len(missing), batch_size):
+            chosen = [missing[row] for row in part]
+            hidden, pooled = self._run([one[chosen] for one in ids])
             for i in range(valid):
-                fresh[part[i]] = Text(hidden=hidden[i], pooled=pooled[i])
+                found[keys[chosen[i]]] = Text(hidden=hidden[i], pooled=pooled[i])
+        self._remember(found)
+        return {text: found[key] for text, key in zip(distinct, keys, strict=True)}
 
-        found = {
-            text: fresh[text] if text in fresh else self._known[text, batch_size]
-            for text in distinct
-        }
-        self._remember(found, batch_size)
-        return found
-
-    def _run(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = [tokenizer(texts)[0] for tokenizer in self._tokenizers]
+    def _run(self, ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         end = (ids[-1] == END_ID).argmax(axis=1).astype(np.int32)
-        name = f"text-b{len(texts)}"
+        name = f"text-b{len(end)}"
         return self.graphs.run(name, lambda: EncodeText(self.model), end, *ids)
 
-    def _remember(self, texts: dict[str, Text], batch_size: int) -> None:
-        for text, encoded in texts.items():
-            self._known[text, batch_size] = encoded
-            self._known.move_to_end((text, batch_size))
+    def _remember(self, texts: dict[tuple[bytes, int], Text]) -> None:
+        for key, encoded in texts.items():
+            self._known[key] = encoded
+            self._known.move_to_end(key)
         while len(self._known) > CACHED_TEXTS:
             self._known.popitem(last=False)

@@ -117,6 +117,28 @@ def test_texts_seen_before_are_not_encoded_again(pipeline_of, monkeypatch):
     np.testing.assert_array_equal(first.context, second.context)
 
 
+def test_each_text_is_encoded_once_also_where_it_is_spelled_otherwise(
+    pipeline_of, monkeypatch
+):
+    texts = pipeline_of("tiny").texts
+    encoded = []
+    original = texts._run
+
+    def run(ids):
+        encoded.extend({row.tobytes() for row in ids[0]})
+        return original(ids)
+
+    monkeypatch.setattr(texts, "_run", run)
+    first = texts.encode(["a red fox", "a  Red FOX ", "an owl"], BATCH)
+    again = texts.encode(["An owl", "ugly", "a red fox"], BATCH)
+    texts.encode(["UGLY", "a red\nfox"], BATCH)
+
+    assert len(encoded) == len(set(encoded)) == 3
+    assert first["a red fox"] is first["a  Red FOX "] is again["a red fox"]
+    assert first["an owl"] is again["An owl"]
+    assert set(first) == {"a red fox", "a  Red FOX ", "an owl"}
+
+
 def test_an_encoded_picture_has_latents_of_the_networks_scale(pipeline_of):
     pipeline = pipeline_of("tiny")
     pixels = pixels_of(pipeline, quick())
