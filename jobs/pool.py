@@ -223,6 +223,7 @@ class Pool:
         stats["seconds"] = stats.get("seconds", 0.0) + seconds
         stats |= state
         self._dispatch.measured(graph, made, seconds, preparing)
+        slot.untold.update(ok=made, failed=failed)
         self._observer.batch_made(made, failed)
 
     def _on_part(self, slot: Slot, name: str, done: list[tuple[str, str]]) -> None:
@@ -231,6 +232,7 @@ class Pool:
         for image_id, _ in done:
             slot.pending.pop(image_id, None)
             slot.begun.discard(image_id)
+        slot.untold.subtract(status for _, status in done)
         self._observer.committed([status for _, status in done])
 
     def _on_lease_done(self, slot: Slot, shard: int) -> None:
@@ -262,6 +264,9 @@ class Pool:
             return
         self._dispatch.forget(slot)
         self._find_unannounced(slot)
+        # What it made and did not publish is made again, and counted then.
+        self._observer.batch_made(-slot.untold["ok"], -slot.untold["failed"])
+        slot.untold.clear()
         reason = slot.reason or death(code)
         self._observer.say(f"worker {slot.spec.name} is lost: {reason}")
         if self._hand_on(slot, reason):

@@ -16,7 +16,7 @@ from jobs.devices import binding
 from jobs.mail import Outbox
 from jobs.signals import STOP_SIGNALS
 from jobs.stages import PipelineLike, load_pipeline
-from jobs.worker import Row, Worker, WorkerSpec, log_trace, message_of
+from jobs.worker import Row, Worker, WorkerSpec, log_trace, message_of, warm_up
 
 BEAT_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
@@ -86,6 +86,7 @@ def _beat(outbox: Outbox) -> None:
 
 def _load(spec: WorkerSpec) -> tuple[PipelineLike, Row]:
     pipeline = load_pipeline(spec.pipeline, spec.pipeline_options)
+    warm_up()
     mindspore = sys.modules.get("mindspore")
     if mindspore and spec.device_target == "Ascend":
         _check_binding(mindspore)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
@@ -28,7 +29,8 @@ class Slot:
 
     `begun` names the tasks that a call had in hand and no part has yet: what a death
     may be blamed on. `losses` and `blamed` count deaths without and with such tasks
-    since the last batch that was made.
+    since the last batch that was made. `untold` counts by status what was made and is
+    in no part yet.
     """
 
     spec: WorkerSpec
@@ -51,6 +53,7 @@ class Slot:
     blamed: int = 0
     reason: str = ""
     kind: str = "worker_lost"
+    untold: Counter[str] = field(default_factory=Counter)
     stats: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -336,6 +336,12 @@ def log_trace() -> None:
         traceback.print_exc()
 
 
+def warm_up() -> None:
+    """Load now what the first picture would wait for between two calls of a device."""
+    _token_counts([""])
+    images.encode(np.zeros((8, 8, 3), np.uint8), "png", {})
+
+
 def _token_counts(prompts: Sequence[str]) -> np.ndarray:
     from sdxl.tokenizer import count_tokens
 
