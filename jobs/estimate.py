@@ -12,6 +12,7 @@ from jobs.errors import printable
 from jobs.images import BYTES_PER_PIXEL
 from jobs.manifest import Manifest, open_manifest
 from jobs.model import native_size
+from jobs.pricing import compilation, describe_compilation
 from jobs.progress import duration
 from jobs.records import Rejected
 from jobs.resolved import resolve
@@ -55,6 +56,7 @@ def estimate(
             {"width": w, "height": h, "guider": guider, "tasks": n}
             for (w, h, guider), n in sorted(found.graphs.items())
         ],
+        "compilation": compilation(found.graphs, resolved, config.model),
         "truncated": _truncated(manifest, limit),
         "device_target": resolved.device_target,
         "workers": devices,
@@ -77,6 +79,7 @@ def describe(report: dict[str, Any]) -> str:
             f"graph: {graph['width']}x{graph['height']} {graph['guider']}, "
             f"{graph['tasks']} images"
         )
+    lines.append(describe_compilation(report["compilation"]))
     cut = report["truncated"]
     lines.append(f"truncated: {cut['prompts']} prompts are over 77 tokens")
     lines += [f"  {row['location']}: {row['tokens']} tokens" for row in cut["first"]]
