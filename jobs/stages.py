@@ -34,7 +34,8 @@ class PipelineLike(Protocol):
     A pipeline may also have `encode_images(pixels, pictures, batch_size)`, whose
     result goes to `sample` as `init`; `base_pixels(batch_size)`: what its first stage
     made; `loads`: of `compiles`, how often from the compile cache; `peak_memory()`: see
-    `memory_of`.
+    `memory_of`. One with `whole_leases` true wants several batches in one call, of
+    `sample_all([(cond, pictures, init)], batch_size)`.
     """
 
     compiles: dict[str, int]
@@ -74,23 +75,57 @@ def make(
     """
     clock = _StageClock(pipeline, len(tasks))
     cond = clock.time("text_encode_ms", pipeline.encode, tasks, batch_size)
-    init: dict[str, Any] = {}
-    if tasks[0].init_image is not None:
-        pixels = _init_pixels(tasks, init_folder)
-        encode_images: Any = getattr(pipeline, "encode_images", None)
-        init["init"] = clock.time(
-            "text_encode_ms", encode_images, pixels, tasks, batch_size
-        )
+    latents_of_images = _init(pipeline, clock, tasks, batch_size, init_folder)
+    init = {} if latents_of_images is None else {"init": latents_of_images}
     latents = clock.time("denoise_ms", pipeline.sample, cond, tasks, batch_size, **init)
     pixels = clock.time("decode_ms", pipeline.decode, latents, batch_size)
     base_pixels: Any = getattr(pipeline, "base_pixels", lambda size: None)
     return Made(
         tasks=tasks,
         pixels=pixels,
-        finite=np.isfinite(latents).reshape(len(tasks), -1).all(axis=1),
+        finite=_finite(latents),
         base_pixels=clock.time("decode_ms", base_pixels, batch_size),
         measured=clock.measured() | memory_of(pipeline),
     )
+
+
+def make_all(
+    pipeline: PipelineLike,
+    batches: Sequence[list[Task]],
+    batch_size: int,
+    init_folder: Path,
+) -> list[Made]:
+    """Make the pictures of several batches, each stage for all before the next.
+
+    Times are shared among all of the pictures. Raises as `make` does.
+    """
+    clock = _StageClock(pipeline, sum(map(len, batches)))
+    parts: list[Any] = []
+    for tasks in batches:
+        cond = clock.time("text_encode_ms", pipeline.encode, tasks, batch_size)
+        init = _init(pipeline, clock, tasks, batch_size, init_folder)
+        parts.append((cond, tasks, init))
+    sample_all: Any = getattr(pipeline, "sample_all", None)
+    sampled = clock.time("denoise_ms", sample_all, parts, batch_size)
+    pixels = [
+        clock.time("decode_ms", pipeline.decode, latents, batch_size)
+        for latents in sampled
+    ]
+    measured = clock.measured() | memory_of(pipeline)
+    return [
+        Made(
+            tasks=tasks,
+            pixels=drawn,
+            finite=_finite(latents),
+            base_pixels=None,
+            measured=measured,
+        )
+        for tasks, drawn, latents in zip(batches, pixels, sampled, strict=True)
+    ]
+
+
+def _finite(latents: np.ndarray) -> np.ndarray:
+    return np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
 
 
 def memory_of(pipeline: PipelineLike) -> Row:
@@ -147,6 +182,21 @@ def load_pipeline(name: str, options: dict[str, Any]) -> PipelineLike:
     for part in path.split("."):
         factory = getattr(factory, part)
     return factory(**options)
+
+
+def _init(
+    pipeline: PipelineLike,
+    clock: _StageClock,
+    tasks: list[Task],
+    batch_size: int,
+    folder: Path,
+) -> np.ndarray | None:
+    """Turn the initial images of a batch into latents, where it has some."""
+    if tasks[0].init_image is None:
+        return None
+    pixels = _init_pixels(tasks, folder)
+    encode_images: Any = getattr(pipeline, "encode_images", None)
+    return clock.time("text_encode_ms", encode_images, pixels, tasks, batch_size)
 
 
 def _init_pixels(tasks: Sequence[Task], folder: Path) -> np.ndarray:

@@ -15,18 +15,18 @@ A call that fails is split in half until the task that breaks it stands alone.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import socket
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ import numpy as np
 
 from jobs import images
 from jobs.config import OutputSection
+from jobs.failures import classify, log_trace, message_of
 from jobs.mail import Outbox
 from jobs.parts import result_schema
 from jobs.records import (
@@ -46,7 +47,7 @@ from jobs.records import (
     picture_settings,
     task_row,
 )
-from jobs.stages import Made, PipelineLike, make, memory_of
+from jobs.stages import Made, PipelineLike, make, make_all, memory_of
 from jobs.store import Store, make_folder, publish
 
 COMMIT_SECONDS = 30.0
@@ -111,23 +112,42 @@ class Worker:
     def run(self) -> None:
         """Take leases until told to end; a stop is heeded after the batch in flight."""
         while not self._stop.is_set() and (shard := self._inbox.get()) is not None:
-            for batch in shard.batches:
-                if self._stop.is_set():
-                    break
-                self._make(batch)
-                if self._commit_is_due():
-                    self._commit()
+            if not self._make_together(shard):
+                self._make_each(shard)
             self._commit(shard.number)
         self._heed_commits(wait=True)
         self._writers.shutdown()
         self._committer.shutdown()
         self.outbox.send("bye")
 
-    def _make(self, batch: Batch) -> None:
+    def _make_each(self, shard: Shard) -> None:
+        for batch in shard.batches:
+            if self._stop.is_set():
+                break
+            tasks = list(batch.tasks)
+            self._make(tasks, partial(self._attempt, tasks))
+            if self._commit_is_due():
+                self._commit()
+
+    def _make_together(self, shard: Shard) -> bool:
+        """Make a whole lease in one call, for a pipeline to which changing costs much.
+
+        Tell whether that worked; if not, nothing is lost but time.
+        """
+        if not getattr(self.pipeline, "whole_leases", False) or len(shard.batches) < 2:
+            return False
+        try:
+            self._make(shard.tasks, partial(self._call_all, shard.batches))
+        except Exception:
+            log_trace()
+            return False
+        return True
+
+    def _make(self, tasks: list[Task], make: Callable[[], list[Made | Row]]) -> None:
         started = datetime.now(timezone.utc)
         before, prepared = time.perf_counter(), self._preparing()
         failed = 0
-        for outcome in self._attempt(list(batch.tasks)):
+        for outcome in make():
             if isinstance(outcome, Made):
                 failed += self._hand_to_writers(outcome, started)
             else:
@@ -135,11 +155,11 @@ class Worker:
                 self._keep(outcome)
         self.outbox.send(
             "batch",
-            made=len(batch.tasks) - failed,
+            made=len(tasks) - failed,
             failed=failed,
             seconds=time.perf_counter() - before,
             preparing=self._preparing() - prepared,
-            graph=batch.tasks[0].graph,
+            graph=tasks[0].graph,
             state=self._state(),
         )
 
@@ -155,9 +175,9 @@ class Worker:
             "loads": dict(getattr(self.pipeline, "loads", {})),
         } | memory_of(self.pipeline)
 
-    def _attempt(self, tasks: list[Task]) -> list[Made | Row]:
+    def _attempt(self, tasks: Sequence[Task]) -> list[Made | Row]:
         """Call the device; on failure split the batch, down to a single task."""
-        tasks = [replace(task, attempts=task.attempts + 1) for task in tasks]
+        tasks = tried(tasks)
         try:
             return [self._call(tasks)]
         except Exception as error:
@@ -170,7 +190,20 @@ class Worker:
             return [self._failure(tasks[0], classify(error), message_of(error))]
 
     def _call(self, tasks: list[Task]) -> Made:
-        """Call the device, having said so: if it hangs or kills, it is known for what.
+        with self._calling(tasks):
+            return make(
+                self.pipeline, tasks, self.spec.batch_size, self.spec.init_folder
+            )
+
+    def _call_all(self, batches: Sequence[Batch]) -> list[Made | Row]:
+        every = [tried(batch.tasks) for batch in batches]
+        with self._calling([task for tasks in every for task in tasks]):
+            size, folder = self.spec.batch_size, self.spec.init_folder
+            return list(make_all(self.pipeline, every, size, folder))
+
+    @contextmanager
+    def _calling(self, tasks: list[Task]) -> Iterator[None]:
+        """Say what the device is called for: if it hangs or kills, that is known.
 
         The first call of a graph compiles it, which takes its own time.
         """
@@ -178,9 +211,7 @@ class Worker:
         ids = [task.image_id for task in tasks]
         self.outbox.send("begin", ids=ids, first=graph not in self._called)
         try:
-            return make(
-                self.pipeline, tasks, self.spec.batch_size, self.spec.init_folder
-            )
+            yield
         finally:
             self._called.add(graph)
             self.outbox.send("end")
@@ -308,32 +339,9 @@ class Worker:
             self.outbox.send("lease_done", shard=shard)
 
 
-def classify(error: BaseException) -> str:
-    """Name the class of a failure for the results."""
-    text = str(error).lower()
-    if (
-        isinstance(error, MemoryError)
-        or "out of memory" in text
-        or "oom" in text.split()
-    ):
-        return "oom"
-    if isinstance(error, OSError):
-        return "io"
-    if "device" in text or "ascend" in text or "acl" in text.split():
-        return "device"
-    return "bug"
-
-
-def message_of(error: BaseException) -> str:
-    """Put an exception into one line."""
-    first = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first.strip(' -')}"[:1_000]
-
-
-def log_trace() -> None:
-    """Write the trace to the worker's log, which may lie on a full disk."""
-    with contextlib.suppress(OSError):
-        traceback.print_exc()
+def tried(tasks: Sequence[Task]) -> list[Task]:
+    """Count one more attempt."""
+    return [replace(task, attempts=task.attempts + 1) for task in tasks]
 
 
 def warm_up() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -42,8 +42,7 @@ class TwoConditionings:
     refiner: Conditioning | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class Part(NamedTuple):
     """Pictures of one size and schedule, on their way through both stages."""
 
     cond: TwoConditionings
@@ -144,6 +143,14 @@ class TwoStage:
         """Give the most memory needed so far, in MB: host's, and device's if any."""
         return self.residents.peak_memory()
 
+    @property
+    def whole_leases(self) -> bool:
+        """Tell whether `sample_all` saves much: each change of place loads a model.
+
+        The base's pictures could only be kept by another change.
+        """
+        return self.residents.one and not self.keep_base
+
     def encode(self, pictures: Sequence[Picture], batch_size: int) -> TwoConditionings:
         """Encode prompts and numbers for each stage that is there."""
         return TwoConditionings(
@@ -185,6 +192,7 @@ class TwoStage:
         So where one model fits at a time, they change places once for all parts.
         """
         observe = None if self.residents.one else observe
+        parts = [Part(*part) for part in parts]
         starts = [self._base_stage(part, batch_size, observe) for part in parts]
         return [
             self._refiner_stage(part, start, batch_size, observe)

@@ -118,6 +118,55 @@ def test_a_call_that_fails_is_split_until_one_task_stands_alone(bench):
     )
 
 
+class Alternating(Counting):
+    """A pipeline of which one stage fits at a time; note each change."""
+
+    whole_leases = True
+
+    def __init__(self):
+        super().__init__()
+        self.stages = []
+
+    def _enter(self, stage):
+        if self.stages[-1:] != [stage]:
+            self.stages.append(stage)
+
+    def encode(self, pictures, batch_size):
+        self._enter("base")
+        return super().encode(pictures, batch_size)
+
+    def sample(self, cond, pictures, batch_size):
+        return self.sample_all([(cond, pictures, None)], batch_size)[0]
+
+    def sample_all(self, parts, batch_size):
+        self._enter("base")
+        made = [FakePipeline.sample(self, *part[:2], batch_size) for part in parts]
+        self._enter("refiner")
+        return made
+
+    def decode(self, latents, batch_size):
+        self._enter("refiner")
+        return super().decode(latents, batch_size)
+
+
+def test_where_one_model_fits_at_a_time_they_change_once_a_lease(bench):
+    usual = bench(list("abcdef"), batch_size=2)
+    rows = bench(list("abcdef"), batch_size=2, pipeline=Alternating())
+    assert bench.pipeline.stages == ["base", "refiner"]
+    for i, row in rows.items():
+        assert (row["status"], row["attempts"]) == ("ok", 1)
+        assert row["pixel_sha256"] == usual[i]["pixel_sha256"]
+        assert (row["batch_valid"], row["batch_slot"]) == (2, i % 2)
+
+
+def test_a_lease_that_fails_as_a_whole_is_made_batch_by_batch(bench):
+    prompts = ["a", "b", "raise=boom", "d"]
+    rows = bench(prompts, batch_size=2, pipeline=Alternating())
+    assert [rows[i]["status"] for i in range(4)] == ["ok", "ok", "failed", "ok"]
+    assert [rows[i]["attempts"] for i in range(4)] == [1, 1, 3, 2]
+    assert bench.told.of("batch")[0]["made"] == 2
+
+
 def test_a_failure_that_passes_costs_an_attempt_and_no_picture(bench):
     rows = bench(["a"], pipeline=Counting(stumbles=2))
     assert (rows[0]["status"], rows[0]["attempts"]) == ("ok", 3)
