@@ -94,6 +94,8 @@ class Pool:
             self._end_all()
         finally:
             self._kill_all()
+        if any(s.generation > 1 or s.state == "quarantined" for s in self._slots):
+            self._store.prepare()  # a worker that died may have left half a file
         self._observer.tick([slot.describe() for slot in self._slots])
 
     # The loop's parts -----------------------------------------------------------------
