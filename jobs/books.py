@@ -24,7 +24,8 @@ from jobs.progress import counted
 from jobs.records import RESULT_COLUMNS, Rejected, Task, hash64, invalid_row
 from jobs.resolved import Resolved, resolve
 from jobs.sections import RuntimeSection
-from jobs.survey import survey
+from jobs.store import Store
+from jobs.survey import location_of, survey
 
 _NOT_COMPARED = {"attempts", "source_row"}
 COMPARED = tuple(
@@ -52,17 +53,30 @@ class Asked:
         return int(self.wanted.sum())
 
 
-def read_manifest(order: Order, job: Mapping[str, Any]) -> Asked:
+def read_manifest(
+    order: Order, job: Mapping[str, Any], known: Store | None = None
+) -> Asked:
     """Read the manifest once more, and resolve it as the job did.
 
+    Args:
+        known: the folder that holds what the job has seen of it, to be held to.
+
     Raises:
-        ManifestError: it is not there, or not what it was.
+        ManifestError: it is not there, or can't be read.
+        MismatchError: rows that the job has seen have changed or are gone.
     """
     manifest = open_manifest(
         order.manifest, prompt_column=order.prompt_column, id_column=order.id_column
     )
     resolved = resolved_again(order, job)
     found = survey(manifest, resolved)
+    if known is not None:
+        known.check_rows(
+            found.ids,
+            found.contents,
+            True,
+            lambda at: location_of(at, found, manifest, resolved),
+        )
     ids, settings, wanted, invalid = [], [], [], []
     for row in _rows(manifest, resolved, found.repeated):
         if isinstance(row, Rejected):

@@ -11,6 +11,8 @@ from pathlib import Path
 from jobs import __version__
 from jobs.errors import printable
 
+COMMANDS = {"resume", "retry", "verify", "replay", "compact", "status"}
+
 
 def report_bug(error: Exception, arguments: list[str] | None) -> None:
     """Write the trace to log.txt, in the job's folder where there is one."""
@@ -33,7 +35,7 @@ def report_bug(error: Exception, arguments: list[str] | None) -> None:
 def _folder_of(words: list[str]) -> Path:
     """Guess the job's folder from a command line; the current one where none is."""
     for before, word in itertools.pairwise(words):
-        is_folder = before in ("--output", "resume", "retry", "verify", "status")
+        is_folder = before == "--output" or before in COMMANDS
         if is_folder and (Path(word) / "job.json").exists():
             return Path(word)
     return Path()

@@ -142,8 +142,10 @@ def verify(folder: Path, sample: int | None, repair: bool, as_json: bool) -> Non
     report = repair_folder(folder) if repair else verify_folder(folder, sample=sample)
     _show(json.dumps(as_dict(report), indent=2) if as_json else describe(report))
     if not report.sound:
-        then = "resume" if repair else "verify --repair"
-        click.echo(f"hint: go on with `sdxl-jobs {then}`", err=True)
+        then = f"go on with `sdxl-jobs {'resume' if repair else 'verify --repair'}`"
+        if all(finding.kind == "manifest" for finding in report.findings):
+            then = "put the manifest back as it was; there is nothing to repair here"
+        click.echo(f"hint: {then}", err=True)
         sys.exit(ExitCode.PARTIAL)
 
 

@@ -21,6 +21,7 @@ def compact(folder: Path) -> Path:
     store = Store(folder)
     job = store.read_job()
     with FolderLock(folder), folder_errors(folder):
+        store.prepare()
         sources = store.sources()
         if not sources:
             raise OutputError(f"{folder} has no rows yet")

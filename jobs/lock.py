@@ -78,9 +78,12 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 self._path.unlink()
 
-    def check(self) -> None:
-        """Raise LockedError when another run took this one for dead."""
-        if self._lost:
+    def check(self, *, now: bool = False) -> None:
+        """Raise LockedError when another run took this one for dead.
+
+        It is noticed within `RENEW_SECONDS`; with `now`, the lock is looked at.
+        """
+        if self._lost or (now and not self._is_ours(self._path)):
             raise LockedError(
                 f"{self._path.parent} was taken over by another run",
                 hint="this one was silent for too long; let the other go on",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,14 +81,21 @@ def read(
         FileNotFoundError: it is not there (any more).
         OutputError: it can't be read.
     """
+    with _opened(path) as file:
+        missing = [n for n in columns or () if n not in file.schema_arrow.names]
+        if missing:
+            raise ValueError(f"no column `{missing[0]}`")
+        if wanted is not None:
+            return _wanted_rows(file, wanted)
+        return file.read(columns=columns)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a file of rows, for as long as it is read; what fails is one error."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            missing = [n for n in columns or () if n not in file.schema_arrow.names]
-            if missing:
-                raise ValueError(f"no column `{missing[0]}`")
-            if wanted is not None:
-                return _wanted_rows(file, wanted)
-            return file.read(columns=columns)
+            yield file
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
@@ -173,7 +181,7 @@ def union_schema(paths: Sequence[Path]) -> pa.Schema:
 
 def groups(path: Path) -> Iterator[pa.Table]:
     """Read a file a row group at a time."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with _opened(path) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group)
 
@@ -193,7 +201,7 @@ def lookup(ordered: np.ndarray, asked: np.ndarray) -> np.ndarray:
 
 def schema_of(path: Path) -> pa.Schema:
     """Read the columns of a file, without its metadata."""
-    with pq.ParquetFile(path) as file:
+    with _opened(path) as file:
         return file.schema_arrow.remove_metadata()
 
 

@@ -107,7 +107,7 @@ def counted(rows: Iterable[Row], what: str) -> Iterator[Row]:
     """
     bar = tqdm(
         rows,
-        desc=what,
+        desc=printable(what),
         unit=" rows",
         unit_scale=True,
         delay=2,
@@ -124,7 +124,7 @@ def tracked(items: Iterable[Row], total: int, what: str) -> Iterator[Row]:
     bar = tqdm(
         items,
         total=total,
-        desc=what,
+        desc=printable(what),
         unit=" files",
         delay=2,
         leave=False,
@@ -140,7 +140,12 @@ class ByteBar:
 
     def __init__(self, what: str) -> None:
         self._bar = tqdm(
-            desc=what, unit="B", unit_scale=True, delay=1, leave=False, file=sys.stderr
+            desc=printable(what),
+            unit="B",
+            unit_scale=True,
+            delay=1,
+            leave=False,
+            file=sys.stderr,
         )
 
     def __call__(self, done: int, total: int) -> None:

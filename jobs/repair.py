@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from jobs import parts, seal
-from jobs.errors import folder_errors
+from jobs.errors import OutputError, folder_errors
 from jobs.findings import Finding, Report
 from jobs.lock import FolderLock
-from jobs.store import Store, publish, sync_folder
+from jobs.store import FOLDERS, Store, make_folder, publish, sync_folder
 from jobs.verify import Inspection, refuse_running
 
 ROUNDS = 3
@@ -69,6 +69,7 @@ class _Repair:
 
     def run(self) -> list[str]:
         bad_ids: set[str] = set()
+        self._refuse_links()
         for finding in self._findings:
             if finding.kind == "file":
                 self._repair_file(finding)
@@ -76,11 +77,23 @@ class _Repair:
                 self._move(finding.path)
             if finding.image_id:
                 bad_ids.add(finding.image_id)
+        for name in FOLDERS:
+            make_folder(self._store.root / name)  # in place of what was moved
         if bad_ids:
             self._drop_rows(bad_ids)
         if self._done:
             self._say_unfinished()
         return self._done
+
+    def _refuse_links(self) -> None:
+        """Put nothing aside through a link: it would leave the folder."""
+        try:
+            make_folder(self._aside.parent)
+        except OSError as error:
+            raise OutputError(
+                f"can't write {self._aside.parent}: {error.strerror}",
+                hint="remove it, and repair again",
+            ) from None
 
     def _say_unfinished(self) -> None:
         """A job that lost rows is no longer finished: it is there to be resumed."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs import images, parts
+from jobs import images
 from jobs.books import resolved_again
 from jobs.devices import cores
 from jobs.errors import ConfigError, ModelError, OutputError
@@ -90,7 +90,7 @@ def find_row(store: Store, image_id: str) -> dict[str, Any]:
             f"`{image_id}` is not an image id",
             hint="it is 16 hex digits: a file's name",
         ) from None
-    rows = [row for path in store.sources() for row in parts.rows_of(path, image_id)]
+    rows = store.rows_of(image_id)
     made = [row for row in rows if row["status"] == "ok"]
     if made:
         return made[-1]

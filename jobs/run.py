@@ -24,8 +24,9 @@ import jobs
 from jobs import plan
 from jobs.binding import fields_of, fingerprint, refuse_other_job
 from jobs.devices import cores
-from jobs.errors import JobError, folder_errors
+from jobs.errors import JobError, ManifestError, folder_errors
 from jobs.images import BYTES_PER_PIXEL
+from jobs.index import Index
 from jobs.lock import FolderLock
 from jobs.manifest import Manifest, open_manifest
 from jobs.model import Model, file_sha256, open_model, open_refiner
@@ -33,12 +34,12 @@ from jobs.order import Order, Retry, Summary
 from jobs.parts import result_schema
 from jobs.pool import Pool
 from jobs.progress import Progress
-from jobs.records import SCHEMA_VERSION, Rejected, Task, invalid_row
+from jobs.records import SCHEMA_VERSION, Rejected, Request, Task, invalid_row
 from jobs.resolved import Resolved, resolve
 from jobs.signals import Stop, interruptible, stopping
 from jobs.stages import pipeline_name, pipeline_options
-from jobs.store import Index, Store
-from jobs.survey import Survey, survey
+from jobs.store import Store
+from jobs.survey import Survey, location_of, survey
 from jobs.worker import WorkerSpec
 
 CHUNK = 2_048
@@ -119,7 +120,10 @@ class _Run:
         whole = self.order.limit is None
         self.rows_read = found.rows
         self.store.check_rows(
-            found.ids, found.contents, whole, lambda at: self._place(found, at)
+            found.ids,
+            found.contents,
+            whole,
+            lambda at: location_of(at, found, self.manifest, self.resolved),
         )
         self._write_job(fields, found)
         self.store.remember_rows(found.ids, found.contents)
@@ -136,14 +140,6 @@ class _Run:
             seconds = time.monotonic() - started
             made = progress.done - progress.failed
         return self._finish(found, made, made / seconds if made else 0.0)
-
-    def _place(self, found: Survey, position: int) -> str:
-        """Say where the request at a position of the survey stands in the manifest."""
-        rows = plan.checked(
-            self.manifest, self.resolved, found.repeated, self.order.limit
-        )
-        requests = (row for row in rows if not isinstance(row, Rejected))
-        return next(itertools.islice(requests, position, None)).location
 
     def _announce(self, found: Survey) -> None:
         done = found.tasks - found.pending
@@ -207,10 +203,7 @@ class _Run:
     def _tasks(self, found: Survey, index: Index) -> Iterator[Task]:
         """Yield the tasks that have no result yet; note the invalid rows on the way."""
         waiting: list[Task] = []
-        rows = plan.checked(
-            self.manifest, self.resolved, found.repeated, self.order.limit
-        )
-        for row in rows:
+        for row in self._rows_again(found):
             if isinstance(row, Rejected):
                 self._invalid.append(row)
                 if len(self._invalid) >= CHUNK:
@@ -222,6 +215,27 @@ class _Run:
                 waiting = []
         yield from _not_done(waiting, index)
         self._write_invalid()
+
+    def _rows_again(self, found: Survey) -> Iterator[Request | Rejected]:
+        """Read the rows that the survey has seen once more, and hold them to it."""
+        position = 0
+        rows = plan.checked(
+            self.manifest, self.resolved, found.repeated, self.order.limit
+        )
+        for row in itertools.islice(rows, found.rows):
+            if isinstance(row, Request):
+                if row.content != found.contents[position]:
+                    raise self._changed(row.location)
+                position += 1
+            yield row
+        if position < len(found.contents):
+            raise self._changed("its end")
+
+    def _changed(self, where: str) -> ManifestError:
+        return ManifestError(
+            f"{self.manifest.path} was changed while it was read: {where}",
+            hint="put it back and `sdxl-jobs resume`; append rows between runs",
+        )
 
     def _write_invalid(self) -> None:
         if not self._invalid:
@@ -275,6 +289,7 @@ class _Run:
         stopped = self.stop.asked > 0
         results = None
         if not stopped:
+            self.lock.check(now=True)
             run_id = None if self.retry else self.run_id
             results = self.store.compact(
                 self._schema(), self._metadata(), run_id, self.rows_read

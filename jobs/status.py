@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jobs import seal
 from jobs.lock import is_alive, read_holder
 from jobs.progress import duration
 from jobs.store import Store
@@ -65,10 +66,14 @@ def describe(report: dict[str, Any]) -> str:
 
 
 def _said(folder: Path) -> dict[str, Any]:
+    """Read what the runner said of itself, where it is what the runner wrote."""
+    path = folder / "status.json"
     try:
-        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        said = json.loads(path.read_text(encoding="utf-8"))
+        whole = seal.broken(path) is None
+    except (OSError, ValueError, RecursionError):
         return {}
+    return said if whole and isinstance(said, dict) else {}
 
 
 def _is_running(folder: Path) -> bool:

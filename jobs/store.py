@@ -26,8 +26,8 @@ import stat
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,12 @@ import pyarrow as pa
 from jobs import parts, seal
 from jobs.crash import point
 from jobs.errors import MismatchError, OutputError
-from jobs.parts import CLASSES, STATUSES
+from jobs.index import Index
 from jobs.records import SCHEMA_VERSION
 
 TEMPORARY = ".tmp-"
 _OURS = re.compile(r"\.tmp-[0-9a-f]{32}(\.parquet)?")
+_IMAGES = re.compile(r"[0-9a-f]{2}")
 MERGE_AT = 512
 REREADS = 10
 FOLDERS = ("images", "parts", "logs")
@@ -86,55 +87,6 @@ def make_folder(path: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
-    """Which tasks have a row: sorted image ids (uint64), and what became of each.
-
-    With `again`, a mask, all is done but the rows it marks: they are to be retried.
-    """
-
-    ids: np.ndarray
-    status: np.ndarray
-    attempts: np.ndarray
-    classes: np.ndarray
-    again: np.ndarray | None = None
-
-    def retrying(self, only: Iterable[str] | None) -> Index:
-        """Mark the failed rows, or those of some error classes, to be made again."""
-        again = self.status == STATUSES.index("failed")
-        if only is not None:
-            codes = [CLASSES.index(name) for name in only]
-            again &= np.isin(self.classes, codes)
-        return replace(self, again=again)
-
-    def counts(self) -> dict[str, int]:
-        return {s: int((self.status == i).sum()) for i, s in enumerate(STATUSES)}
-
-    def is_done(self, image_ids: Sequence[str]) -> np.ndarray:
-        """Tell which images are made or failed for good; an invalid row is neither."""
-        return self.are_done(_numbers(image_ids))
-
-    def are_done(self, images: np.ndarray) -> np.ndarray:
-        """Tell the same of image numbers (uint64)."""
-        at = parts.lookup(self.ids, images)
-        if not len(self.ids):
-            return (at >= 0) | (self.again is not None)
-        if self.again is not None:
-            return (at < 0) | ~self.again[at]
-        return (at >= 0) & (self.status[at] != STATUSES.index("invalid"))
-
-    def attempts_of(self, image_ids: Sequence[str]) -> np.ndarray:
-        """Give how often each image was tried so far."""
-        at = parts.lookup(self.ids, _numbers(image_ids))
-        if not len(self.ids):
-            return np.zeros(len(at), np.int32)
-        return np.where(at >= 0, self.attempts[at], 0)
-
-
-def _numbers(image_ids: Sequence[str]) -> np.ndarray:
-    return np.array([int(i, 16) for i in image_ids], np.uint64)
-
-
-@dataclass(frozen=True, slots=True)
 class Store:
     """An output folder."""
 
@@ -167,7 +119,8 @@ class Store:
         try:
             for name in FOLDERS:
                 make_folder(self.root / name)
-            inner = [f for f in (self.root / "images").iterdir() if f.name[:1] != "."]
+            inside = (self.root / "images").iterdir()
+            inner = [folder for folder in inside if _IMAGES.fullmatch(folder.name)]
             for folder in inner:
                 make_folder(folder)
             for folder in (self.root, self.root / "parts", *inner):
@@ -282,7 +235,22 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 best = parts.winners(self.sources())
                 return Index(best.ids, best.status, best.attempts, best.classes)
-        raise OutputError(f"the parts in {self.root} change too fast", hint="try again")
+        raise self._too_fast()
+
+    def rows_of(self, image_id: str) -> list[dict[str, Any]]:
+        """Read the rows of one image. A run may go on: its files come and go."""
+        for _ in range(REREADS):
+            with contextlib.suppress(FileNotFoundError):
+                sources = self.sources()
+                return [
+                    row for path in sources for row in parts.rows_of(path, image_id)
+                ]
+        raise self._too_fast()
+
+    def _too_fast(self) -> OutputError:
+        return OutputError(
+            f"the parts in {self.root} change too fast", hint="try again"
+        )
 
     def compact(
         self,

@@ -5,19 +5,20 @@ Memory: 16 bytes per row.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from jobs.index import Index
 from jobs.manifest import Manifest
 from jobs.method import method_of
 from jobs.plan import checked, image_count, size_of
 from jobs.progress import counted
-from jobs.records import Rejected, hash64, image_number
+from jobs.records import Rejected, Request, hash64, image_number
 from jobs.resolved import Resolved
-from jobs.store import Index
 
 SHOWN_REJECTIONS = 1_000
 CHUNK = 8_192
@@ -109,6 +110,15 @@ def _survey(
     found.ids = np.array(ids, np.uint64)
     found.contents = np.array(contents, np.uint64)
     return found
+
+
+def location_of(
+    position: int, found: Survey, manifest: Manifest, resolved: Resolved
+) -> str:
+    """Say where the request at a position of a survey stands in the manifest."""
+    rows = checked(manifest, resolved, found.repeated)
+    requests = (row for row in rows if isinstance(row, Request))
+    return next(itertools.islice(requests, position, None)).location
 
 
 def _pending(images: array[int], index: Index) -> int:

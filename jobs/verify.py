@@ -26,7 +26,7 @@ import numpy as np
 from jobs import images, parts, seal
 from jobs.books import Asked, read_manifest, settings_hash
 from jobs.devices import cores
-from jobs.errors import JobError, LockedError, OutputError, printable
+from jobs.errors import JobError, LockedError, MismatchError, OutputError, printable
 from jobs.findings import Finding, Report
 from jobs.lock import is_alive, read_holder
 from jobs.order import Order
@@ -141,7 +141,13 @@ class Inspection:
     def _asked(self) -> Asked | None:
         try:
             job = self._store.read_job()
-            return read_manifest(Order.stored(self._store), job)
+            whole = all(f.path != self._store.rows.name for f in self._report.findings)
+            known = self._store if whole else None
+            return read_manifest(Order.stored(self._store), job, known)
+        except MismatchError as error:
+            # No row is held to a manifest that is not the one it was made from.
+            self._find("manifest", self._store.job, f"can't be balanced: {error}")
+            return None
         except OutputError:
             return None  # job.json is among the findings
         except (JobError, KeyError, TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ import time
 
 import psutil
 
-HANG_SECONDS = 120
+HANG_SECONDS = 300
 POLL_SECONDS = 0.004
 
 

@@ -61,3 +61,12 @@ def test_a_folder_without_rows_is_refused(half):
         path.unlink()
     with pytest.raises(OutputError, match="has no rows yet"):
         compact(half)
+
+
+def test_a_torn_part_is_one_line_and_nothing_is_merged(half):
+    part = sorted((half / "parts").glob("*.parquet"))[0]
+    part.write_bytes(part.read_bytes()[:40])
+    there = sorted(half.rglob("*"))
+    with pytest.raises(OutputError, match=f"can't read .*{part.name}"):
+        compact(half)
+    assert sorted(half.rglob("*")) == there

@@ -256,3 +256,34 @@ def test_an_output_folder_that_can_not_be_made_is_refused(job, where):
     assert done.returncode == 1
     assert done.stderr.startswith("error: can't make ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_signal_while_it_plans_ends_it_and_leaves_nothing_half_done(job, tmp_path):
+    manifest = write_csv(tmp_path / "m.csv", ((f"r{i}", "p") for i in range(300_000)))
+    words = run_arguments(manifest, tmp_path / "out", job.checkpoint)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        process = job.launch(*words)
+        until((tmp_path / "out" / "parts").exists, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+        assert process.returncode == 130 and out == ""
+        assert err.splitlines()[-1] == "interrupted" and "Traceback" not in err
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+            "images",
+            "logs",
+            "parts",
+        ]
+        (tmp_path / "out" / "parts").rmdir()
+
+
+def test_a_second_run_is_refused_while_the_first_is_stopped(job):
+    process = job.begin("stopped")
+    process.send_signal(signal.SIGSTOP)
+    second = call(*job.arguments("stopped"), cwd=job.folder)
+    assert second.returncode == 1
+    assert f"in use by pid {process.pid} on" in second.stderr
+    process.send_signal(signal.SIGCONT)
+    job.gate.touch()
+    process.communicate(timeout=60)
+    assert process.returncode == 4
+    job.hold("stopped")

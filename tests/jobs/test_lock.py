@@ -156,3 +156,13 @@ def test_of_racing_processes_exactly_one_wins(tmp_path, left):
     for worker in workers:
         worker.join(10)
         assert worker.exitcode == 0
+
+
+def test_a_lock_can_be_looked_at_now(tmp_path):
+    with FolderLock(tmp_path) as held:
+        held.check(now=True)
+        heir = read_holder(tmp_path / "lock") | {"token": "heir"}
+        (tmp_path / "lock").write_text(json.dumps(heir))
+        held.check()
+        with pytest.raises(LockedError, match="taken over"):
+            held.check(now=True)

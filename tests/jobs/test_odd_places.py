@@ -3,9 +3,12 @@
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 from jobs_shared import (
+    HERE,
+    ROOT,
     call,
     command,
     environment,
@@ -127,3 +130,73 @@ def test_resume_works_from_any_folder(tmp_path, checkpoint):
     done = call("resume", "../out", cwd=tmp_path / "elsewhere")
     assert (done.returncode, done.stdout) == (0, "../out/results.parquet\n")
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_strangers_among_the_images_are_left_alone(tmp_path, checkpoint):
+    out = tmp_path / "out"
+    manifest = write_csv(tmp_path / "m.csv", numbered(1))
+    run_job(manifest, out, checkpoint)
+    kept = [out / "images" / name for name in ("index.html", ".DS_Store", "thumbs")]
+    for path in kept:
+        path.write_text("mine")
+    assert run_job(manifest, out, checkpoint).made == 0
+    assert all(path.read_text() == "mine" for path in kept)
+
+
+def test_a_job_whose_parts_folder_is_gone_goes_on_from_its_results(
+    tmp_path, checkpoint
+):
+    out = tmp_path / "out"
+    manifest = write_csv(tmp_path / "m.csv", numbered(2))
+    run_job(manifest, out, checkpoint)
+    (out / "parts").rmdir()
+    (out / "status.json").unlink()
+    assert read_status(out)["counts"]["ok"] == 2
+    write_csv(manifest, numbered(3))
+    assert run_job(manifest, out, checkpoint).made == 1
+    assert len(rows_of(out)) == 3
+
+
+AS_NOBODY = """
+import os, sys
+import encodings.cp437, fake_cli
+import jobs.compact, jobs.findings, jobs.repair, jobs.run, jobs.status, jobs.verify
+if os.getuid() == 0:
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+fake_cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["resume"], 1, "error: can't lock"),
+        (["retry"], 1, "error: can't lock"),
+        (["compact"], 1, "error: can't lock"),
+        (["verify", "--repair"], 1, "error: can't lock"),
+        (["verify"], 0, ""),
+        (["status"], 0, ""),
+    ],
+)
+def test_a_folder_that_one_may_only_read_can_be_looked_at(
+    tmp_path, tmp_path_factory, checkpoint, words, code, said
+):
+    manifest = write_csv(tmp_path / "m.csv", numbered(1))
+    run_job(manifest, tmp_path / "out", checkpoint)
+    before = sorted((tmp_path / "out").rglob("*"))
+    (tmp_path / "out").chmod(0o555)
+    for path in (*before, *tmp_path.parents, tmp_path, *checkpoint.parents):
+        if path.is_relative_to(tmp_path_factory.getbasetemp().parent):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    (tmp_path / "out").chmod(0o555)
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, words[0], "out", *words[1:]],
+        env=environment(PYTHONPATH=f"{ROOT}:{HERE}"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert sorted((tmp_path / "out").rglob("*")) == before

@@ -17,7 +17,7 @@ from jobs_shared import (
     write_csv,
 )
 
-from jobs import crash, images, plan, run
+from jobs import crash, images, parts, plan, run
 from jobs.books import resolved_again, settings_hash
 from jobs.errors import ConfigError, ModelError, OutputError
 from jobs.manifest import open_manifest
@@ -130,3 +130,36 @@ def test_the_real_network_gives_the_same_pixels_after_a_kill_and_in_a_replay(
         timeout=600,
     )
     assert again.returncode == 0 and "the same pixels" in again.stdout, again.stderr
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    for at in range(200, len(data) // 2, 50):
+        data[at] ^= 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_damaged_rows_are_one_line(job, damage):
+    row = row_of(job, "plain")
+    damage(job / "results.parquet")
+    with pytest.raises(OutputError, match=r"can't read .*results.parquet"):
+        replay(job, row["image_id"], pipeline=FAKE)
+
+
+def test_a_part_that_goes_while_it_looks_is_looked_for_again(job, monkeypatch):
+    row = row_of(job, "plain")
+    original, gone = parts.rows_of, []
+
+    def rows_of_once(path, image_id):
+        if not gone:
+            gone.append(path)
+            raise FileNotFoundError(path)
+        return original(path, image_id)
+
+    monkeypatch.setattr(parts, "rows_of", rows_of_once)
+    assert replay(job, row["image_id"], pipeline=FAKE).same and gone

@@ -3,6 +3,9 @@
 import hashlib
 
 import inline_pool
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from jobs_shared import FAKE, order, rows_of, write_csv
 
@@ -61,8 +64,21 @@ def by_id(folder):
     return {row["prompt_id"]: row for row in rows_of(folder)}
 
 
+def published(folder, but):
+    """Give the bytes of all rows but some, as Arrow writes them to a stream."""
+    table = pq.read_table(folder / "results.parquet").replace_schema_metadata()
+    kept = table.filter(
+        pc.invert(pc.is_in(table["prompt_id"], pa.array(but, pa.string())))
+    )
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, kept.schema) as stream:
+        stream.write_table(kept.combine_chunks())
+    return len(kept), sink.getvalue().to_pybytes()
+
+
 def test_only_the_chosen_rows_are_touched(job, monkeypatch):
     rows, images = by_id(job), files(job)
+    others = published(job, ["r2", "r7"])
     mend(monkeypatch)
     summary = retry(job, "nan")
     again, now = by_id(job), files(job)
@@ -71,6 +87,8 @@ def test_only_the_chosen_rows_are_touched(job, monkeypatch):
     for name, row in rows.items():
         if name not in ("r2", "r7"):
             assert again[name] == row, name
+    assert published(job, ["r2", "r7"]) == others and others[0] == 11
+    assert published(job, []) != others
     assert images.items() <= now.items() and len(now) == len(images) + 2
 
 

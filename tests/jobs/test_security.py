@@ -2,7 +2,9 @@
 
 import io
 import json
+import shutil
 import struct
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,10 +16,12 @@ import pytest
 from jobs_shared import FAKE, call, order, rows_of, run_arguments, write_csv
 
 from jobs import cli, parts, run, seal
+from jobs.compact import compact
 from jobs.errors import JobError, OutputError
 from jobs.findings import describe
 from jobs.order import Order
-from jobs.progress import Progress
+from jobs.progress import Progress, counted
+from jobs.repair import repair
 from jobs.store import Store, make_folder, publish
 from jobs.verify import verify
 
@@ -157,6 +161,14 @@ def test_what_the_runner_says_is_printable():
     assert "\x1b" not in stream.getvalue() and "\\x1b" in stream.getvalue()
 
 
+def test_a_file_s_name_is_printable_beside_a_count(monkeypatch, capsys):
+    monkeypatch.setattr("jobs.progress.LINE_SECONDS", 0)
+    rows = counted((time.sleep(0.3) for _ in range(10)), f"reading {ESCAPE}.csv")
+    assert len(list(rows)) == 10
+    shown = capsys.readouterr().err
+    assert "reading" in shown and "\x1b" not in shown and "\x07" not in shown
+
+
 def test_findings_are_printed_without_control_characters(job, tmp_path):
     job()
     path = tmp_path / "out" / "results.parquet"
@@ -260,3 +272,36 @@ def test_a_half_written_file_can_not_be_planted(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         publish(tmp_path / "x", b"data")
     assert outside.read_text() == "mine"
+
+
+def test_repair_puts_nothing_aside_through_a_link(job, tmp_path):
+    job()
+    image = next((tmp_path / "out").glob("images/*/*.png"))
+    image.write_bytes(b"changed")
+    (tmp_path / "out" / "damaged").symlink_to(tmp_path / "outside")
+    with pytest.raises(OutputError, match="damaged: it is a symbolic link"):
+        repair(tmp_path / "out")
+    assert empty(tmp_path / "outside") and image.read_bytes() == b"changed"
+
+
+def test_repair_takes_a_link_for_a_folder_away_and_nothing_behind_it(job, tmp_path):
+    job()
+    (tmp_path / "out" / "parts").rmdir()
+    shutil.copy(tmp_path / "out" / "results.parquet", tmp_path / "outside")
+    (tmp_path / "out" / "parts").symlink_to(tmp_path / "outside")
+    next((tmp_path / "out").glob("images/*/*.png")).write_bytes(b"changed")
+    before = (tmp_path / "outside" / "results.parquet").read_bytes()
+    found = {finding.path for finding in repair(tmp_path / "out").findings}
+    assert "parts" in found and len(found) == 2
+    assert (tmp_path / "outside" / "results.parquet").read_bytes() == before
+    assert job().counts["ok"] == 4 and verify(tmp_path / "out").sound
+
+
+def test_compact_removes_nothing_behind_a_link(job, tmp_path):
+    job()
+    (tmp_path / "out" / "parts").rmdir()
+    shutil.copy(tmp_path / "out" / "results.parquet", tmp_path / "outside")
+    (tmp_path / "out" / "parts").symlink_to(tmp_path / "outside")
+    with pytest.raises(OutputError, match="parts: it is a symbolic link"):
+        compact(tmp_path / "out")
+    assert not empty(tmp_path / "outside")

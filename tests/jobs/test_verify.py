@@ -257,13 +257,17 @@ def test_pictures_without_a_row_and_half_written_files_are_strays(job):
     assert sorted(report.strays) == ["images/00/00ffffffffffffff.png", "parts/.tmp-1"]
 
 
-def test_a_changed_manifest_is_named(made, job, tmp_path, monkeypatch):
+def test_rows_are_held_to_the_manifest_where_the_job_s_own_memory_of_it_is_gone(
+    made, job, tmp_path, monkeypatch
+):
     other = write_csv(tmp_path / "m.csv", [("r0", "changed"), ("r1", "a picture 1")])
     asked = Order.stored(Store(job))
     moved = Order(
         config=asked.config, manifest=other, output=job, prompt_column="prompt"
     )
     monkeypatch.setattr(Order, "stored", classmethod(lambda *_: moved))
+    assert [f.kind for f in verify(job).findings] == ["manifest"]
+    (job / "rows.npz").unlink()
     named = {f.image_id for f in verify(job).findings}
     ok = [r["image_id"] for r in rows_of(job)]
     assert len(named) == 13 and ok[1] not in named
