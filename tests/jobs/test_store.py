@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from jobs_shared import ROOT
 
-from jobs import parts, store
+from jobs import parts
 from jobs.errors import MismatchError, OutputError
 from jobs.parts import result_schema
 from jobs.records import RESULT_COLUMNS, image_id
@@ -307,4 +307,4 @@ def test_error_classes_of_rows_are_known_to_the_index():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (line,) = [x for x in text.splitlines() if "`error_class`" in x and "`oom`" in x]
     named = set(re.findall(r"`(\w+)`", line)) - {"error_class", "error_message"}
-    assert set(store.CLASSES) - {""} == named
+    assert set(parts.CLASSES) - {""} == named
