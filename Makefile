@@ -9,7 +9,7 @@ TINY := checkpoints/tiny/base.safetensors
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help soak fuzz million demo test test-slow test-full check lint format golden oracle clean distclean
+.PHONY: help soak fuzz million demo test test-slow test-full test-ascend lint-mindir check lint format golden oracle clean distclean
 
 help:  ## Say what can be made (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,13 @@ test: $(READY) $(TINY)  ## Run the tests (minutes)
 
 test-slow: $(READY) $(TINY)  ## Run the tests that take long
 	$(BIN)/python -m pytest -m slow
+
+lint-mindir: $(READY)  ## Hold every graph, in its form for a card, to what a card can run (minutes)
+	$(BIN)/python tests/sdxl/mindir_lint.py --report docs/ascend.md
+	$(BIN)/python tests/sdxl/half_precision.py --report docs/ascend.md
+
+test-ascend: $(READY)  ## The tests that need a card
+	$(BIN)/python -m pytest -m ascend -n 0 -s tests/sdxl/test_on_card.py
 
 test-full: $(READY)  ## Run the full-size network once on the CPU (16 GB of memory, 7 GB of disk)
 	$(BIN)/python -m pytest -m full -s

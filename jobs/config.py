@@ -241,6 +241,12 @@ def _check_ranges(config: JobConfig) -> None:
             f"runtime.batch_timeout is `{limit:g}`; it must be above 0 seconds",
             hint="leave it out for no limit on the CPU and 30 minutes on Ascend",
         )
+    tile = config.model.vae_tile
+    if tile and not (256 <= tile <= 8192 and tile % 64 == 0):
+        raise ConfigError(
+            f"model.vae_tile is `{tile}`; it must be a multiple of 64 from 256 to 8192",
+            hint="0 decodes pictures of any size at once",
+        )
     for key, most in (("quality", 100), ("png_level", 9)):
         value = getattr(config.output, key)
         if not 0 <= value <= most:

@@ -62,7 +62,7 @@ class Resolved:
         sampling.update(width=self.width, height=self.height, guider=self.guider)
         fields = {f"sampling.{key}": value for key, value in sampling.items()}
         fields["model.precision"] = self.precision
-        for name in ("scaling", "quantize_sigma"):
+        for name in ("scaling", "quantize_sigma", "vae_tile"):
             fields[f"model.{name}"] = getattr(self.model, name)
         if self.refiner:
             for name in ("stage2strength", "finish_denoising"):

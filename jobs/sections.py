@@ -20,7 +20,10 @@ class Lora:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSection:
-    """Which network. A preset is needed only where the file can't tell by itself."""
+    """Which network. A preset is needed only where the file can't tell by itself.
+
+    `vae_tile` bounds the pixels decoded at a time, as the side of a square; 0 does not.
+    """
 
     preset: str | None = None
     checkpoint: str | None = None
@@ -30,6 +33,7 @@ class ModelSection:
         "EpsScaling", "EDMScaling", "VScaling", "VScalingWithEDMcNoise"
     ] = "EpsScaling"
     quantize_sigma: bool = True
+    vae_tile: int = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -162,6 +162,7 @@ def pipeline_options(resolved: Resolved, threads: int) -> dict[str, Any]:
         "scaling": model.scaling,
         "quantize_sigma": model.quantize_sigma,
         "compile_cache": resolved.compile_cache,
+        "vae_tile": model.vae_tile,
     }
     if refiner:
         options |= {

@@ -55,11 +55,12 @@ def set_up(
         ops.build_in(ops.CPU)
 
 
+@cache
 def keep_numbers() -> None:
-    """Have a card compute what the graph says, each time alike.
+    """Have a card compute what the graph says, each time alike: said once a process.
 
     By default the engine may halve the precision of what is in float32 (Atlas 910), or
-    convolve it with 10 bits of fraction, and add in any order. The autoencoder's values
+    convolve it with 11 bits of mantissa, and add in any order. The autoencoder's values
     do not fit into float16, and a picture must come out again as it was.
     """
     precision = ms.device_context.ascend.op_precision

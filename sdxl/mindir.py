@@ -77,11 +77,17 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A compiled graph's front end, read back from MindIR."""
+    """A compiled graph's front end, read back from the bytes of its MindIR."""
 
     key: str
-    proto: ModelProto
+    data: bytes
     seconds: float
+
+    @cached_property
+    def proto(self) -> ModelProto:
+        proto = ModelProto()
+        proto.ParseFromString(self.data)
+        return proto
 
     @cached_property
     def nodes(self) -> list[Node]:
@@ -173,9 +179,7 @@ def export(cell: nn.Cell, inputs: Sequence[Tensor], key: str) -> Graph:
             file_format="MINDIR",
             custom_func=keep,
         )
-    proto = ModelProto()
-    proto.ParseFromString(kept[0])
-    return Graph(key, proto, time.perf_counter() - start)
+    return Graph(key, kept[0], time.perf_counter() - start)
 
 
 class Exports(Graphs):

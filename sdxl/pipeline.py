@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from sdxl.autoencoder import TILE, Autoencoder
 from sdxl.cache_key import graphs_folder
 from sdxl.compile_cache import CompileCache
 from sdxl.conditioning import Conditioning, conditioning
-from sdxl.config import PRESETS, VAE_FACTOR, ModelConfig, VAEConfig
+from sdxl.config import PRESETS, VAE_FACTOR, ModelConfig
 from sdxl.denoiser import Denoiser, Mode
 from sdxl.graphs import Graphs, set_up
 from sdxl.lora import Lora, LoraSet
@@ -40,7 +41,6 @@ from sdxl.random_weights import RandomCheckpoint
 from sdxl.samplers import SAMPLERS, Denoise, Observe
 from sdxl.texts import Texts
 from sdxl.thresholding import thresholded
-from sdxl.vae import Decode, Encode
 from sdxl.weights import load_into, open_checkpoint
 
 SAMPLER_OPTIONS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise")
@@ -58,12 +58,16 @@ class Pipeline:
         noise: str = "numpy",
         scaling: str = "EpsScaling",
         quantize_sigma: bool = True,
+        vae_tile: int = TILE,
     ) -> None:
         self.model = model
         self.config = config
         self.graphs = graphs
         self.noise = noise
         self.texts = Texts(model, config, graphs)
+        self.autoencoder = Autoencoder(
+            model.first_stage_model, config.vae, graphs, vae_tile
+        )
         self.denoiser = Denoiser(
             unet=model.model.diffusion_model,
             graphs=graphs,
@@ -87,14 +91,16 @@ class Pipeline:
         loras: Sequence[tuple[Path, float]] = (),
         scaling: str = "EpsScaling",
         quantize_sigma: bool = True,
+        vae_tile: int = TILE,
         name: str = "",
         compile_cache: Path | None = None,
     ) -> Pipeline:
         """Read a checkpoint onto a device; None gives random weights of `preset`.
 
         `loras` are files and scales, merged while reading; `scaling` and
-        `quantize_sigma` are `schedule.precondition`'s; `name` precedes graph keys.
-        Compiled graphs are kept below `compile_cache` for the processes to come.
+        `quantize_sigma` are `schedule.precondition`'s, `vae_tile` is `Autoencoder`'s;
+        `name` precedes graph keys. Compiled graphs are kept below `compile_cache` for
+        the processes to come.
         Raises `CheckpointError` when the checkpoint is not whole or not of that preset,
         or a LoRA does not fit.
         """
@@ -126,6 +132,7 @@ class Pipeline:
             noise=noise,
             scaling=scaling,
             quantize_sigma=quantize_sigma,
+            vae_tile=vae_tile,
         )
 
     @property
@@ -169,7 +176,7 @@ class Pipeline:
         They are drawn from the autoencoder's posterior with the first noise of each
         picture's stream, as `sample` expects of its `init`.
         """
-        mean, deviation = self.posterior(pixels, batch_size)
+        mean, deviation = self.autoencoder.posterior(pixels, batch_size)
         return mean + deviation * draw(streams_of(pictures, self.noise), mean.shape[1:])
 
     def sample(
@@ -226,36 +233,7 @@ class Pipeline:
 
         A picture with a value that is no number becomes all black.
         """
-        _, _, h, w = latents.shape
-        vae = self.model.first_stage_model
-        mean, factor = latent_statistics(self.config.vae)
-        z = (latents / factor + mean).astype(np.float32)
-        parts = []
-        for rows, valid in filled(len(z), batch_size):
-            images = self.graphs.run(
-                f"decode-b{len(rows)}-{h}x{w}", lambda: Decode(vae), z[rows]
-            )
-            parts.append(to_pixels(images[:valid]))
-        return np.concatenate(parts)
-
-    def posterior(
-        self, pixels: np.ndarray, batch_size: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Encode pixels (n, 8h, 8w, 3) uint8: mean and deviation of their latents.
-
-        Both are (n, 4, h, w) float32, scaled as the network knows latents.
-        """
-        _, H, W, _ = pixels.shape
-        vae = self.model.first_stage_model
-        offset, factor = latent_statistics(self.config.vae)
-        x = (pixels.astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2)
-        means, deviations = [], []
-        for rows, valid in filled(len(x), batch_size):
-            name = f"encode-b{len(rows)}-{H // VAE_FACTOR}x{W // VAE_FACTOR}"
-            mean, logvar = self.graphs.run(name, lambda: Encode(vae), x[rows])
-            means.append((mean[:valid] - offset) * factor)
-            deviations.append(np.exp(0.5 * logvar[:valid]) * factor)
-        return np.concatenate(means), np.concatenate(deviations)
+        return self.autoencoder.decode(latents, batch_size)
 
     def _negative(self, picture: Picture) -> str | None:
         """Say which text the unconditional branch encodes; None stands for zeros."""
@@ -295,18 +273,3 @@ class Pipeline:
 def latent_size(picture: Picture) -> tuple[int, int]:
     """Give height and width of a picture's latents."""
     return picture.height // VAE_FACTOR, picture.width // VAE_FACTOR
-
-
-def latent_statistics(vae: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Give mean and factor, (1, 4 or 1, 1, 1) float32: ours = (z - mean) factor."""
-    mean = np.float32(vae.latents_mean or (0.0,)).reshape(1, -1, 1, 1)
-    deviation = np.float32(vae.latents_std or (1.0,)).reshape(1, -1, 1, 1)
-    return mean, np.float32(vae.scale_factor) / deviation
-
-
-def to_pixels(images: np.ndarray) -> np.ndarray:
-    """Round (n, 3, H, W) in [-1, 1] to (n, H, W, 3) uint8 as diffusers does."""
-    finite = np.isfinite(images).all(axis=(1, 2, 3), keepdims=True)
-    images = np.where(finite, images, -1)
-    pixels = ((images / 2 + 0.5).clip(0, 1) * 255).round()
-    return pixels.transpose(0, 2, 3, 1).astype(np.uint8)

@@ -64,6 +64,7 @@ def test_every_shipped_config_loads_and_opens_with_purpose_cost_and_command(path
         ("model:\n  loras: 5\n", "expected a list"),
         ("output:\n  quality: 101\n", "it must be 0 to 100"),
         ("output:\n  commit_every: 0\n", "it must be at least 1"),
+        ("model:\n  vae_tile: 100\n", "a multiple of 64 from 256 to 8192"),
         ("runtime:\n  workers: -1\n", "it must be at least 1"),
         ("runtime:\n  jit_level: O3\n", "did you mean"),
         ("sampling:\n  steps: 8\n  steps: 9\n", "line 2: a key stands twice"),
@@ -186,6 +187,7 @@ def test_the_fingerprint_knows_what_changes_pixels_and_nothing_else():
         "sampling.negative_prompt=x",
         "sampling.negative_prompt=''",
         "model.precision=fp16",
+        "model.vae_tile=1024",
         "output.format=jpeg",
     ):
         assert fingerprint(fields(change)) != fingerprint(plain), change

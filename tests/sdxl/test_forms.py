@@ -12,9 +12,15 @@ def card(monkeypatch):
     from mindspore import _c_expression
 
     from sdxl import ops
-    from sdxl.graphs import set_up
+    from sdxl.graphs import keep_numbers, set_up
 
     told = {}
+
+    def tell(name, arguments):
+        if name in told and name != "set_device":  # as MindSpore does
+            raise RuntimeError(f"The '{name}' can not be set repeatedly.")
+        told[name] = arguments
+
     precision = ms.device_context.ascend.op_precision
     for module, name in (
         (ms, "set_device"),
@@ -22,9 +28,7 @@ def card(monkeypatch):
         (precision, "precision_mode"),
         (precision, "conv_allow_hf32"),
     ):
-        monkeypatch.setattr(
-            module, name, lambda *a, name=name: told.__setitem__(name, a)
-        )
+        monkeypatch.setattr(module, name, lambda *a, name=name: tell(name, a))
 
     def make(version, **options):
         context = SimpleNamespace(get_ascend_soc_version=lambda: version)
@@ -34,7 +38,9 @@ def card(monkeypatch):
         return told
 
     before = ops.form()
+    keep_numbers.cache_clear()
     yield make
+    keep_numbers.cache_clear()
     ops.build_in(before)
 
 
@@ -69,6 +75,13 @@ def test_flash_attention_is_for_the_cards_that_have_it_unless_told(
     assert ops.form().flash_attention is flash
     assert ops.form().group_norm
     assert graphs.suffix == "fp16-O2-ascend" + ("" if flash else "-softmax")
+
+
+def test_a_second_model_in_the_process_finds_the_card_set_up(card):
+    card("ascend910b")
+    told = card("ascend910b")
+
+    assert told["set_deterministic"] == (True,)
 
 
 def test_a_process_on_the_cpu_builds_for_the_cpu(card):

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from sdxl.autoencoder import latent_statistics
 from sdxl.config import PRESETS
-from sdxl.pipeline import latent_statistics
 
 
 def test_playground_s_statistics_follow_the_published_formula():

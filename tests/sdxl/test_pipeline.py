@@ -142,7 +142,7 @@ def test_each_text_is_encoded_once_also_where_it_is_spelled_otherwise(
 def test_an_encoded_picture_has_latents_of_the_networks_scale(pipeline_of):
     pipeline = pipeline_of("tiny")
     pixels = pixels_of(pipeline, quick())
-    mean, deviation = pipeline.posterior(pixels, BATCH)
+    mean, deviation = pipeline.autoencoder.posterior(pixels, BATCH)
 
     assert mean.shape == deviation.shape == (3, 4, 16, 16)
     assert (deviation > 0).all()
@@ -173,7 +173,7 @@ def test_an_image_encodes_to_its_posterior_with_each_pictures_own_noise(pipeline
     pipeline, pictures = pipeline_of("tiny"), quick()
     pixels = pixels_of(pipeline, pictures)
     latents = pipeline.encode_images(pixels, pictures, BATCH)
-    mean, deviation = pipeline.posterior(pixels, BATCH)
+    mean, deviation = pipeline.autoencoder.posterior(pixels, BATCH)
     noise = [NoiseStream("torch", p.seed).draw(mean[0].shape) for p in pictures]
 
     np.testing.assert_array_equal(latents, mean + deviation * np.stack(noise))
