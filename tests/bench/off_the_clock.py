@@ -71,7 +71,7 @@ def photograph(seed, size=SIZE):
 
 
 def png_levels(pictures):
-    """Encode pictures at each level: processor milliseconds and bytes per pixel."""
+    """Encode pictures at each level: processor ms of 1024x1024, bytes per pixel."""
     pixels = sum(picture.shape[0] * picture.shape[1] for picture in pictures)
     found = {}
     for level in LEVELS:
@@ -170,10 +170,9 @@ def report(found, levels, drawn, images, workers, seconds):
     return lines
 
 
-def drawings():
-    """Load the pictures of the small model that the repository shows, if it does."""
-    root = Path(__file__).parents[2]
-    paths = sorted((root / "outputs").rglob("*.png"))[:8]
+def drawings(folder):
+    """Load pictures of the small model from a job's folder, if there is one."""
+    paths = sorted(folder.rglob("*.png"))[:16] if folder else []
     return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
 
 
@@ -191,10 +190,11 @@ def main():
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=DEVICE_SECONDS)
     parser.add_argument("--most", type=float, default=0.02, help="added, at most")
+    parser.add_argument("--drawings", type=Path, help="a job's folder, for PNG sizes")
     parser.add_argument("--report", type=Path)
     asked = parser.parse_args()
     photographs = [photograph(seed) for seed in (1, 2)]
-    levels, flat = png_levels(photographs), drawings()
+    levels, flat = png_levels(photographs), drawings(asked.drawings)
     with tempfile.TemporaryDirectory() as name:
         found = run_job(Path(name), asked.images, asked.workers, asked.seconds)
     drawn = png_levels(flat) if flat else None
