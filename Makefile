@@ -9,7 +9,7 @@ TINY := checkpoints/tiny/base.safetensors
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help soak fuzz million demo test test-slow test-full test-ascend lint-mindir check lint format golden oracle clean distclean
+.PHONY: help bench-runner soak fuzz million demo test test-slow test-full test-ascend lint-mindir check lint format golden oracle clean distclean
 
 help:  ## Say what can be made (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ fuzz: $(READY)  ## Feed 100,000 damaged files to every reader (minutes)
 
 million: $(READY)  ## Run a job of a million tasks without a network (half an hour)
 	$(BIN)/python tests/jobs/million.py --report docs/reliability.md
+
+bench-runner: $(READY)  ## What the runner adds to eight devices' time (a minute)
+	$(BIN)/python tests/bench/off_the_clock.py --report docs/runner.md
 
 lint: $(READY)  ## Check style and formatting
 	$(BIN)/ruff check .

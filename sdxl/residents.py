@@ -4,7 +4,7 @@ Design: MindSpore keeps the weights and the work space of a graph that has run u
 process ends, whatever is deleted. So where one model fits at a time, each lives in a
 process of its own, which ends before the next one starts; this one holds no weights.
 What crosses the pipe is small: conditioning, latents, random streams, pixels. The price
-is a reading and a compilation for each change of place.
+is a reading for each change of place, and a compilation or a loading from its cache.
 """
 
 from __future__ import annotations

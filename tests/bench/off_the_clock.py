@@ -1,6 +1,6 @@
 """What a worker does between two calls of its device, and which processors it takes.
 
-    python tests/bench/off_the_clock.py --report docs/performance.md
+    python tests/bench/off_the_clock.py --report docs/runner.md
 
 The device is a sleep of as long as the reference's card takes for a picture; all else
 is as in a job: 1024x1024 pictures encoded as PNG, hashed, written, synced and renamed,

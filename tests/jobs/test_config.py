@@ -260,3 +260,25 @@ def test_any_text_is_a_config_or_an_error(tmp_path_factory, text):
         load(Path(path))
     except ConfigError as error:
         assert "\n" not in str(error)
+
+
+def test_compiled_graphs_are_kept_where_asked_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def folder(*overrides):
+        config = load(None, ["runtime.workers=1", *overrides])
+        return resolve(config, native_size=128).compile_cache
+
+    assert folder() == tmp_path / "sdxl-jobs" / "graphs"
+    assert folder("runtime.compile_cache=auto") == folder()
+    assert folder("runtime.compile_cache=here") == tmp_path / "here"
+    assert folder("runtime.compile_cache=off") is None  # a truth value to YAML
+    assert folder('runtime.compile_cache="off"') is None
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert folder() is None
