@@ -9,7 +9,7 @@ TINY := checkpoints/tiny/base.safetensors
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help bench-runner soak fuzz million demo test test-slow test-full test-ascend lint-mindir check lint format golden oracle clean distclean
+.PHONY: help bench bench-runner soak fuzz million demo test test-slow test-full test-ascend lint-mindir check lint format golden oracle clean distclean
 
 help:  ## Say what can be made (the default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,9 @@ million: $(READY)  ## Run a job of a million tasks without a network (half an ho
 
 bench-runner: $(READY)  ## What the runner adds to eight devices' time (a minute)
 	$(BIN)/python tests/bench/off_the_clock.py --report docs/runner.md
+
+bench: $(READY)  ## Compare the full-size UNet's step with diffusers' (`make oracle` first; 24 GB of memory, minutes)
+	$(BIN)/python -m tests.bench.unet_step
 
 lint: $(READY)  ## Check style and formatting
 	$(BIN)/ruff check .

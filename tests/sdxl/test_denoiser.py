@@ -62,6 +62,33 @@ def test_an_image_is_denoised_alike_in_every_slot_beside_any_others(denoiser, co
     np.testing.assert_array_equal(others, all_three[rows])
 
 
+def test_batches_keep_what_was_computed_for_each_whatever_is_bound_after(
+    denoiser, cond, worst
+):
+    x = 10 * normals("noisy", (3, 4, *SIZE))
+    first = denoiser.bind(cond, GUIDANCE, SIZE, "guided")
+    before = first(x, 9.5)
+    other = denoiser.bind(swapped(cond), GUIDANCE, SIZE, "guided")(x, 9.5)
+
+    np.testing.assert_array_equal(first(x, 9.5), before)
+    assert worst(other, before) > 0.1
+
+
+def test_the_text_is_projected_once_a_batch_and_not_in_any_step(
+    denoiser, cond, monkeypatch
+):
+    ran = []
+    keep = denoiser.graphs.keep
+    monkeypatch.setattr(
+        denoiser.graphs, "keep", lambda name, *a: ran.append(name) or keep(name, *a)
+    )
+    denoise = denoiser.bind(cond, GUIDANCE, SIZE, "guided")
+    for sigma in (14.0, 3.0, 0.5):
+        denoise(normals("noisy", (3, 4, *SIZE)), sigma)
+
+    assert ran == ["context-b6"] + ["unet-b3-16x16-guided"] * 3
+
+
 def test_sigma_is_quantized_to_the_trained_level_nearest_to_it(denoiser, cond):
     x = normals("noisy", (3, 4, *SIZE))
     denoise = denoiser.bind(cond, GUIDANCE, SIZE, "guided")

@@ -139,6 +139,20 @@ def test_each_text_is_encoded_once_also_where_it_is_spelled_otherwise(
     assert set(first) == {"a mauve heron", "a  Mauve HERON ", "an odd newt"}
 
 
+def test_an_unconditional_half_of_zeros_costs_no_text_encoder(pipeline_of, monkeypatch):
+    pipeline, texts = pipeline_of("tiny"), []
+    encode = pipeline.texts.encode
+    monkeypatch.setattr(
+        pipeline.texts,
+        "encode",
+        lambda asked, n: texts.extend(asked) or encode(asked, n),
+    )
+    pictures = quick(negative_prompt=None)
+    pipeline.encode(pictures, BATCH)
+
+    assert texts == [picture.prompt for picture in pictures]
+
+
 def test_an_encoded_picture_has_latents_of_the_networks_scale(pipeline_of):
     pipeline = pipeline_of("tiny")
     pixels = pixels_of(pipeline, quick())
