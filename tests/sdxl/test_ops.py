@@ -55,13 +55,16 @@ def test_group_norm_equals_its_definition_in_every_image(groups):
     np.testing.assert_array_equal(first, again)
 
 
-def test_attention_in_slices_equals_attention_at_once(monkeypatch):
+@pytest.mark.parametrize("held", [8, 3, 1, 1 / 4])
+def test_attention_in_parts_equals_attention_at_once(held):
+    """Parts of 6, 3 and 1 heads of 64 queries, then a quarter of one head's."""
+    from dataclasses import replace
+
     from sdxl import ops
 
     q, k, v = (normals(name, (2, 64, 48)) for name in "qkv")
-    at_once = run(ops.Attention(3, 16), q, k, v)
-    monkeypatch.setattr(ops, "MAX_SCORES", 2 * 3 * 64 * 64 // 8)
-    sliced = run(ops.Attention(3, 16), q, k, v)
+    with ops.built_in(replace(ops.CPU, max_scores=int(held * 64 * 64))):
+        found = run(ops.Attention(3, 16), q, k, v)
 
     def heads(x):
         return x.reshape(2, 64, 3, 16).transpose(0, 2, 1, 3).astype(np.float64)
@@ -69,9 +72,17 @@ def test_attention_in_slices_equals_attention_at_once(monkeypatch):
     scores = np.exp(heads(q) @ heads(k).swapaxes(2, 3) / 4)
     expected = scores / scores.sum(-1, keepdims=True) @ heads(v)
     expected = expected.transpose(0, 2, 1, 3).reshape(2, 64, 48)
-    assert ops.slices_of(2 * 3 * 64 * 64, 64) == 8
-    assert np.abs(at_once - expected).max() < 2e-6
-    assert np.abs(sliced - expected).max() < 2e-6
+    assert np.abs(found - expected).max() < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("scores", "whole", "most", "parts"),
+    [(6, 6, 8, 1), (8, 6, 3, 3), (6, 6, 1, 6), (600, 6, 1, 6), (7, 7, 6, 7)],
+)
+def test_parts_are_equal_and_as_few_as_the_bound_allows(scores, whole, most, parts):
+    from sdxl import ops
+
+    assert ops.parts_of(scores, whole, most) == parts
 
 
 def test_upsampling_repeats_rows_and_columns():
