@@ -14,7 +14,7 @@ import click
 from jobs import __version__
 from jobs.bug import report_bug
 from jobs.errors import ExitCode, JobError, printable
-from jobs.machine_cli import doctor
+from jobs.machine_cli import bench, doctor
 from jobs.options import (
     config_from,
     config_options,
@@ -260,6 +260,7 @@ def inspect(path: Path, as_json: bool, preset: str | None) -> None:
         sys.exit(ExitCode.ERROR)
 
 
+cli.add_command(bench)
 cli.add_command(doctor)
 
 

@@ -135,6 +135,39 @@ def tracked(items: Iterable[Row], total: int, what: str) -> Iterator[Row]:
         yield from bar
 
 
+class StepBar:
+    """Show steps done of steps in all, and the time left: call it with both."""
+
+    def __init__(self, what: str) -> None:
+        self._bar = tqdm(
+            desc=what,
+            unit="step",
+            delay=1,
+            leave=False,
+            file=sys.stderr,
+            mininterval=0.5 if sys.stderr.isatty() else LINE_SECONDS,
+        )
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        self._bar.write(printable(text, 2_000), file=sys.stderr)
+
+    def __enter__(self) -> StepBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+
 class ByteBar:
     """Show bytes done of bytes in all: call it with both."""
 

@@ -23,7 +23,15 @@ HOMES = {
 }
 # Rows in Parquet are read and written in more than one place, for the same reason.
 PARQUET = {"cells", "manifest", "parts", "store"}
-MODEL_INSIDE_FUNCTIONS = {"sdxl.pipeline", "sdxl.weights", "sdxl.convert", "sdxl.lora"}
+MODEL_INSIDE_FUNCTIONS = {
+    "sdxl.pipeline",
+    "sdxl.weights",
+    "sdxl.convert",
+    "sdxl.lora",
+    "sdxl.graphs",
+    "sdxl.ops",
+    "sdxl.microbench",
+}
 
 
 def imports(path, everywhere=True):
