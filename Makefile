@@ -42,6 +42,9 @@ test-ascend: $(READY)  ## The tests that need a card
 test-full: $(READY)  ## Run the full-size network once on the CPU (16 GB of memory, 7 GB of disk)
 	$(BIN)/python -m pytest -m full -s
 
+bench: oracle  ## Time a job against diffusers on the same weights (ten minutes)
+	$(BIN)/python -m tests.bench.job
+
 soak: $(READY)  ## Kill 200 jobs at bad moments and resume them (an hour)
 	$(BIN)/python tests/jobs/soak.py --runs 200 --report docs/reliability.md
 

@@ -18,6 +18,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sdxl-bench-") as room:
         bench = Bench(Path(room), asked)
         rounds = [bench.round(number) for number in range(asked.rounds)]
-        pixels = bench.compare()
-    report = summarize(rounds, asked.prompts) | {"pixels": pixels}
+        rows = pq.read_table(bench.room / "ours" / "results.parquet").to_pylist()
+        pixels = bench.compare(rows)
+    report = summarize(rounds, asked.prompts)
+    report |= {"pixels": pixels, "stages": stages_of(rows, bench.started)}
     print(json.dumps(report, indent=2) if asked.json else describe(report))
     return 0 if pixels["largest"] <= 2 else 1
 
@@ -52,6 +55,7 @@ class Bench:
 
     def __init__(self, room: Path, asked: argparse.Namespace) -> None:
         self.room, self.asked = room, asked
+        self.started = 0.0
         self.model = write_model(asked.model or room / "model")
         self.rows = prompts(asked.prompts)
         (room / "prompts.json").write_text(json.dumps(self.rows))
@@ -88,6 +92,7 @@ class Bench:
         ):
             words += ["--set", setting]
         environment = os.environ | {"XDG_CACHE_HOME": str(self.room / "cache")}
+        self.started = time.time()
         return run_all([words], environment)
 
     def theirs(self, name: str) -> Run:
@@ -107,11 +112,10 @@ class Bench:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         return run_all(commands, environment)
 
-    def compare(self) -> dict[str, Any]:
+    def compare(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Compare the pictures that the last runs of both sides left."""
         largest, equal = 0, []
-        table = pq.read_table(self.room / "ours" / "results.parquet")
-        for row in table.to_pylist():
+        for row in rows:
             ours = pixels_of(self.room / "ours" / row["image_path"])
             theirs = pixels_of(self.room / "theirs" / f"{row['prompt_id']}.png")
             apart = np.abs(ours - theirs)
@@ -157,6 +161,20 @@ def summarize(rounds: list[dict[str, Run]], count: int) -> dict[str, Any]:
     return report
 
 
+def stages_of(rows: list[dict[str, Any]], started: float) -> dict[str, float]:
+    """Say where our last run's time went: to the first picture's start, from the last
+    picture's end, and in a worker's seconds per picture between.
+    """
+    names = ("text_encode", "denoise", "decode", "write", "compile")
+    found = {
+        name.partition("_")[0]: statistics.fmean(row[f"{name}_ms"] for row in rows)
+        / 1e3
+        for name in names
+    }
+    first = min(row["started_at"] for row in rows).timestamp()
+    return found | {"before the first": first - started}
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {
         "median": statistics.median(values),
@@ -180,6 +198,8 @@ def describe(report: dict[str, Any]) -> str:
             f"ours {name} / diffusers: {_range(ratio, '.3f')}, "
             f"at most {ratio['limit']:.2f} is wanted: {met}"
         )
+    spent = ", ".join(f"{name} {s:.3f}" for name, s in report["stages"].items())
+    lines.append(f"a worker's seconds per picture, warm: {spent}")
     pixels = report["pixels"]
     lines.append(
         f"pixels of {pixels['pictures']} pictures: at most {pixels['largest']} levels "
