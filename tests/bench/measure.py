@@ -80,3 +80,9 @@ def threads_of(count: int) -> dict[str, str]:
     """Give an environment that bounds the threads of every library alike."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return dict(os.environ) | dict.fromkeys(names, str(count))
+
+
+def bind(threads: int) -> None:
+    """Keep this process to as many processors as it has threads, as in a job."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])

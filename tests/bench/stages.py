@@ -1,6 +1,6 @@
-"""Where a job's time goes on both sides: text, one guided step, decoding, start-up.
+"""Where a job's time goes on each side: text, one guided step, decoding, start-up.
 
-    python -m tests.bench.stages MODEL --batch 4 --threads 1
+    python -m tests.bench.stages MODEL --batch 4 --threads 1 [--mindone FOLDER]
 
 Each side is a process of its own, one after the other, bound to as many processors as
 it has threads; the least of several calls is told, since a machine only ever adds.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.bench.measure import ROOT, threads_of
+from tests.bench.measure import ROOT, bind, threads_of
 
 STARTED = time.perf_counter()
 TIMES = 3
-SIZE = 256
+STEPS, SIZE = 8, 256
 
 
 def main() -> None:
@@ -30,28 +29,35 @@ def main() -> None:
     if asked.side:
         print(json.dumps(SIDES[asked.side](asked)))
         return
-    found = {side: run(side, asked) for side in SIDES}
-    print(f"batch {asked.batch}, {asked.threads} thread(s), {SIZE}x{SIZE}; seconds")
-    print(f"{'stage':10} {'ours':>8} {'diffusers':>10} {'ratio':>6}")
-    for stage, ours in found["ours"].items():
-        theirs = found["diffusers"].get(stage)
-        rest = f"{theirs:10.3f} {ours / theirs:6.2f}" if theirs else ""
-        print(f"{stage:10} {ours:8.3f} {rest}")
+    ours, *rest = ("ours", "diffusers", *(["mindone"] if asked.mindone else []))
+    found = {side: run(side, asked) for side in (ours, *rest)}
+    for times in found.values():
+        times["picture"] = (STEPS * times["step"] + times["decode"]) / asked.batch
+    print(
+        f"batch {asked.batch}, {asked.threads} thread(s), {SIZE}x{SIZE}, seconds; a "
+        f"picture is {STEPS} steps and its decoding, one process at work"
+    )
+    print(f"{'stage':16} {'ours':>8}" + "".join(f"{s:>11} ours / it" for s in rest))
+    for stage, mine in found["ours"].items():
+        cells = [found[side].get(stage) for side in rest]
+        shown = [f"{t:11.3f} {mine / t:9.2f}" if t else " " * 21 for t in cells]
+        print(f"{stage:16} {mine:8.3f}" + "".join(shown))
 
 
 def run(side: str, asked: argparse.Namespace) -> dict[str, float]:
     """Time one side in a process of its own."""
-    words = [sys.executable, "-m", "tests.bench.stages", str(asked.model)]
+    if side == "mindone":
+        module = ["tests.bench.mindone_parts", str(asked.model), str(asked.mindone)]
+    else:
+        module = ["tests.bench.stages", str(asked.model), "--side", side]
+    words = [sys.executable, "-m", *module]
     words += ["--batch", str(asked.batch), "--threads", str(asked.threads)]
     environment = threads_of(asked.threads) | {"PYTHONPATH": str(ROOT), "GLOG_v": "3"}
     done = subprocess.run(
-        [*words, "--side", side],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
+        words, env=environment, cwd=ROOT, capture_output=True, text=True
     )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4_000:])
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -136,12 +142,6 @@ def diffusers(asked: argparse.Namespace) -> dict[str, float]:
         }
 
 
-def bind(threads: int) -> None:
-    """Keep to as many processors as there are threads, as in a job."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-
-
 SIDES: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "ours": ours,
     "diffusers": diffusers,
@@ -153,6 +153,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--mindone", type=Path, help="folder, see mindone_parts")
     parser.add_argument("--side", choices=SIDES)
     return parser.parse_args()
 
