@@ -218,6 +218,7 @@ def row_of(trial: Trial, found: dict[str, Any]) -> dict[str, Any]:
         "first_s": found["first_s"],
         "compile_s": max(0.0, found["first_s"] - middle * batch),
         "compile_ms": found["compile_ms"],
+        "loads": found["loads"],
         "seconds_per_image": middle,
         "least": min(seconds),
         "most": max(seconds),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -111,7 +109,8 @@ def _measure(trial: Trial, pipe: Connection, folder: Path) -> dict[str, Any]:
         "compile_ms": dict(pipeline.compile_ms),
         "stages_ms": {n: float(np.median([s[n] for s in stages[1:]])) for n in names},
         "flash_attention": _flash(trial.resolved),
-        "peak_memory_mb": _peak_mb(),
+        "peak_memory_mb": stages[-1]["peak_memory_mb"],
+        "loads": dict(getattr(pipeline, "loads", {})),
     }
 
 
@@ -152,7 +151,7 @@ def options_of(trial: Trial) -> dict[str, Any]:
     options = pipeline_options(resolved, cores())
     if resolved.model.checkpoint is None:
         options["checkpoint"] = None
-    if not trial.warm and "compile_cache" in options:
+    if not trial.warm:
         options["compile_cache"] = None
     if resolved.refiner and resolved.refiner.checkpoint is None:
         options["refiner_checkpoint"] = None
@@ -217,8 +216,3 @@ def _flash(resolved: Resolved) -> bool:
     from sdxl import ops
 
     return ops.form().flash_attention and resolved.precision == "fp16"
-
-
-def _peak_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1024 if sys.platform == "linux" else peak / 1024**2

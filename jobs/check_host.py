@@ -9,6 +9,7 @@ GB = 10**9
 OPEN_FILES = 1024
 OUTPUT_FREE = 10 * GB
 TEMPORARY_FREE = 1 * GB
+CACHE_FREE = 1 * GB
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "lustre", "ceph")
 VOLATILE = ("tmpfs", "ramfs")
 # On the CPU a full-size base in float32 peaked at 1.35 times its weights.
@@ -97,6 +98,20 @@ def output(machine: Machine, asked: Asked) -> Verdict:
     return ok("output", found)
 
 
+def compile_cache(machine: Machine, asked: Asked) -> Verdict:
+    """Judge the folder of compiled graphs: without it each worker compiles anew."""
+    what, folder = "compile cache", machine.cache
+    if folder is None:
+        return ok(what, "off")
+    found = f"{asked.compile_cache}: {_gb(folder.free)} GB free" + _kind(folder)
+    elsewhere = "`--set runtime.compile_cache=DIR`, or make room"
+    if not folder.writable:
+        return warning(what, f"{folder.path} can't be written", elsewhere)
+    if folder.free < CACHE_FREE:
+        return warning(what, found, elsewhere)
+    return ok(what, found)
+
+
 def temporary(machine: Machine, asked: Asked) -> Verdict:
     folder = machine.temporary
     found = f"{folder.path}: {_gb(folder.free)} GB free" + _kind(folder)
@@ -138,6 +153,7 @@ CHECKS = (
     blas,
     memory,
     output,
+    compile_cache,
     temporary,
     current,
     open_files,

@@ -44,8 +44,8 @@ def examine(
     probe: Callable[..., Probe] = probe,
 ) -> list[Verdict]:
     """Look at the machine and judge it for a job; `settings` gives the job's."""
-    machine = look(places or Places(), output)
     asked, verdicts = ask(settings)
+    machine = look(places or Places(), output, asked.compile_cache)
     verdicts += [check(machine, asked) for check in checks_for(asked)]
     if machine.packages["mindspore"]:
         bound = asked.devices[0] if asked.target == "Ascend" else None
@@ -80,6 +80,7 @@ def ask(settings: Callable[[], JobConfig]) -> tuple[Asked, list[Verdict]]:
         devices=resolved.devices,
         jit_level=resolved.jit_level,
         weights=parameters and parameters * BYTES[resolved.precision],
+        compile_cache=resolved.compile_cache,
     )
     return asked, verdicts
 

@@ -87,12 +87,16 @@ class Machine:
     memory_total: int | None
     memory_free: int | None
     output: Folder
+    cache: Folder | None
     current: Folder
     temporary: Folder
 
 
-def look(places: Places, output: Path) -> Machine:
-    """Gather the facts; nothing is imported that a broken machine could choke on."""
+def look(places: Places, output: Path, cache: Path | None = None) -> Machine:
+    """Gather the facts; nothing is imported that a broken machine could choke on.
+
+    `output` and `cache` are where results and compiled graphs would go.
+    """
     nodes = _nodes(places.dev)
     smi, trouble = _npu_smi(places)
     total, free = _memory(places)
@@ -114,6 +118,7 @@ def look(places: Places, output: Path) -> Machine:
         memory_total=total,
         memory_free=free,
         output=folder(places, output),
+        cache=folder(places, cache) if cache else None,
         current=folder(places, places.current),
         temporary=folder(places, places.temporary),
     )

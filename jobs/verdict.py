@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Level = Literal["ok", "warning", "failure"]
@@ -25,13 +26,15 @@ class Verdict:
 class Asked:
     """What a run would use, as far as the settings say.
 
-    `weights` is what the parameters take in memory, in bytes, once per worker.
+    `weights` is what the parameters take in memory, in bytes, once per worker;
+    `compile_cache` the folder of compiled graphs, None where they are not kept.
     """
 
     target: Literal["Ascend", "CPU"] = "CPU"
     devices: tuple[int, ...] = (0,)
     jit_level: str = "O2"
     weights: int | None = None
+    compile_cache: Path | None = None
 
 
 def ok(what: str, found: str) -> Verdict:

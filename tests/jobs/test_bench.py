@@ -68,6 +68,9 @@ def test_the_job_as_it_is_set_is_the_default_row(checkpoint):
     (row,) = trials(asked)
     assert (row.resolved.sampling.steps, row.resolved.width) == (7, 128)
     assert options_of(row)["checkpoint"] == checkpoint
+    assert options_of(row)["compile_cache"] is None  # what is timed is compiled anew
+    (warm,) = trials(replace(asked, warm=True))
+    assert options_of(warm)["compile_cache"] == row.resolved.compile_cache
     assert trials(replace(asked, steps=3))[0].resolved.sampling.steps == 3
 
 

@@ -108,6 +108,8 @@ TROUBLES = [
     (host.output, CPU, "warning", {"output": {"free": 2 * GB}}, "2 GB free"),
     (host.output, CPU, "warning", {"output": {"kind": "nfs4"}}, "(nfs4)"),
     (host.output, CPU, "warning", {"output": {"kind": "tmpfs"}}, "next boot"),
+    (host.compile_cache, CPU, "warning", {"cache": {"writable": False}}, "can't be"),
+    (host.compile_cache, CPU, "warning", {"cache": {"free": 10**6}}, "make room"),
     (host.temporary, CPU, "failure", {"temporary": {"writable": False}}, "TMPDIR"),
     (host.temporary, CPU, "warning", {"temporary": {"free": 10**8}}, "0.1 GB"),
     (host.current, CARDS, "failure", {"current": {"writable": False}}, "kernels"),
