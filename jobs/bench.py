@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs import bench_process
-from jobs.bench_process import Trial
+from jobs.bench_process import EVALUATIONS, Trial
 from jobs.errors import ConfigError, WorkerError, nearest
 from jobs.machine import Places, look
 from jobs.model import model_errors
@@ -210,7 +210,7 @@ def row_of(trial: Trial, found: dict[str, Any]) -> dict[str, Any]:
         "sampler": resolved.sampling.sampler,
         "discretization": resolved.sampling.discretization,
         "steps": resolved.sampling.steps,
-        "evaluations": found["evaluations"],
+        "steps_made": found["steps_made"],
         "jit_level": resolved.jit_level,
         "precision": resolved.precision,
         "batch_size": batch,
@@ -235,13 +235,13 @@ def _arithmetic(trial: Trial, found: dict[str, Any]) -> dict[str, Any]:
     from sdxl.config import VAE_FACTOR
 
     resolved, spent = trial.resolved, found["stages_ms"]
-    if resolved.refiner is not None:
+    if resolved.refiner is not None or resolved.sampling.sampler in EVALUATIONS:
         return {}
     h, w = resolved.height // VAE_FACTOR, resolved.width // VAE_FACTOR
     halves = 2 if resolved.guider == "VanillaCFG" else 1
     step = halves * flops.unet(trial.geometry.unet, h, w)
     decode = flops.decoder(trial.geometry.vae, h, w)
-    step_ms = spent["denoise_ms"] / max(1, found["evaluations"])
+    step_ms = spent["denoise_ms"] / found["steps_made"]
     return {
         "step": {"flops": step, "ms": step_ms},
         "decode": {"flops": decode, "ms": spent["decode_ms"]},

@@ -59,8 +59,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if row["discretization"] == "EDMDiscretization":
         sampler += " Karras"
     steps = str(row["steps"])
-    if row["evaluations"] != row["steps"]:
-        steps += f" ({row['evaluations']} made)"
+    if row["steps_made"] != row["steps"]:
+        steps += f" ({row['steps_made']} made)"
     return [
         row["model"],
         f"{row['width']}x{row['height']}",

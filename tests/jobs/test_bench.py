@@ -94,7 +94,7 @@ def test_the_first_generation_s_extra_time_is_the_compilation():
     assert row["seconds_per_image"] >= 10 * STEP_SECONDS / 2
     assert row["least"] <= row["seconds_per_image"] <= row["most"]
     assert row["first_s"] > COMPILE_SECONDS + 10 * STEP_SECONDS
-    assert (row["runs"], row["evaluations"], row["batch_size"]) == (2, 10, 2)
+    assert (row["runs"], row["steps_made"], row["batch_size"]) == (2, 10, 2)
     assert row["stages_ms"]["denoise_ms"] >= 10 * STEP_SECONDS / 2 * 1e3
     assert row["arithmetic"]["step"]["ms"] == row["stages_ms"]["denoise_ms"] / 10
     assert row["flash_attention"] is False
@@ -104,8 +104,14 @@ def test_the_first_generation_s_extra_time_is_the_compilation():
 def test_a_refiner_starts_from_an_image_and_its_steps_are_those_made(capfd):
     trial = trials(wanted(reference=True, size=(64, 128), steps=8))[2]
     row = row_of(trial, run(fake(trial)))
-    assert row["evaluations"] == 6
+    assert row["steps_made"] == 6
     assert "8 (6 made)" in describe({"versions": VERSIONS, "rows": [row]})
+
+
+def test_a_step_that_asks_the_network_twice_is_not_counted_as_once():
+    asked = wanted("sampling.sampler=HeunEDMSampler", size=(64, 64), steps=2)
+    (trial,) = trials(asked)
+    assert row_of(trial, run(fake(trial)))["arithmetic"] == {}
 
 
 def test_a_process_that_dies_is_an_error_that_says_how():
@@ -136,7 +142,7 @@ ROW = {
     "sampler": "DPMPP2MSampler",
     "discretization": "EDMDiscretization",
     "steps": 20,
-    "evaluations": 20,
+    "steps_made": 20,
     "jit_level": "O2",
     "precision": "fp16",
     "batch_size": 1,
@@ -207,6 +213,6 @@ def test_the_command_measures_a_real_network(tmp_path):
     report = json.loads(done.stdout)
     (row,) = report["rows"]
     assert row["model"] == "SDXL-Base of width 32"
-    assert (row["evaluations"], row["runs"], row["weights"]) == (2, 1, "random")
+    assert (row["steps_made"], row["runs"], row["weights"]) == (2, 1, "random")
     assert row["compile_s"] > row["seconds_per_image"] > 0
     assert report["versions"]["mindspore"].startswith("2.")
