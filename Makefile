@@ -42,9 +42,6 @@ test-ascend: $(READY)  ## The tests that need a card
 test-full: $(READY)  ## Run the full-size network once on the CPU (16 GB of memory, 7 GB of disk)
 	$(BIN)/python -m pytest -m full -s
 
-bench: oracle  ## Time a job against diffusers on the same weights (ten minutes)
-	$(BIN)/python -m tests.bench.job
-
 soak: $(READY)  ## Kill 200 jobs at bad moments and resume them (an hour)
 	$(BIN)/python tests/jobs/soak.py --runs 200 --report docs/reliability.md
 
@@ -57,8 +54,9 @@ million: $(READY)  ## Run a job of a million tasks without a network (half an ho
 bench-runner: $(READY)  ## What the runner adds to eight devices' time (a minute)
 	$(BIN)/python tests/bench/off_the_clock.py --report docs/runner.md
 
-bench: $(READY)  ## Compare the full-size UNet's step with diffusers' (`make oracle` first; 24 GB of memory, minutes)
+bench: $(READY)  ## Compare the full-size UNet's step and a whole job with diffusers (`make oracle` first; 24 GB of memory, a quarter of an hour)
 	$(BIN)/python -m tests.bench.unet_step
+	$(BIN)/python -m tests.bench.job
 
 lint: $(READY)  ## Check style and formatting
 	$(BIN)/ruff check .
