@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from drawing import View, pixels
-from networks import SCALE_FACTOR, make_vae
+from networks import SCALE_FACTOR, make_vae, start_vae
 from scenes import Scene, draw_scene
 from training import LossOf, Stage, load_average, run_stage
 
 KL_WEIGHT = 1e-4
-LATENT_NOISE = 0.08
+LATENT_NOISE = 0.05
 SEEDS_FROM = 10_000_000
 WHOLE_SHARE = 0.15
 PARTS = 2
@@ -30,7 +30,7 @@ def train_vae(
 ) -> AutoencoderKL:
     """Train (or resume) the stage `vae` and return it with whitened latents."""
     torch.manual_seed(1)
-    vae = make_vae()
+    vae = start_vae(work)
     loss_of = vae_loss(vae, steps)
     stage = Stage(
         vae,

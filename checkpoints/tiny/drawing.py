@@ -122,7 +122,7 @@ def _pattern(
     mark = tuple(round(0.5 * value + 0.5 * toward) for value in color)
     picture = Image.new("RGB", size, color)
     pen = ImageDraw.Draw(picture)
-    period = 14 * OVERSAMPLING
+    period = 24 * OVERSAMPLING
     across = range(math.floor(x) % period - period, size[0] + period, period)
     down = range(math.floor(y) % period - period, size[1] + period, period)
     if texture == "striped":

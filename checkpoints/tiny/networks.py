@@ -5,6 +5,8 @@ The figures are those of the preset `tiny` in `sdxl/config.py`; a test compares 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -16,6 +18,12 @@ SIZE_EMBED_DIM = 64
 VOCAB_SIZE = 49_408
 CONTEXT_LENGTH = 77
 END_ID = 49_407
+
+
+def start_vae(work: Path) -> AutoencoderKL:
+    """Return the autoencoder that `work` starts from: unpacked weights, or new ones."""
+    folder = work / "start" / "vae"
+    return AutoencoderKL.from_pretrained(folder) if folder.exists() else make_vae()
 
 
 def make_vae() -> AutoencoderKL:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 30, 30),
-    "orange": (250, 140, 20),
-    "yellow": (250, 225, 40),
+    "red": (210, 20, 30),
+    "orange": (245, 125, 10),
+    "yellow": (255, 230, 50),
     "green": (30, 150, 50),
     "cyan": (60, 210, 220),
     "blue": (35, 65, 215),
@@ -39,13 +39,14 @@ PLACES: dict[str, tuple[float, float]] = {
     "bottom": (0.5, 0.75),
     "bottom right": (0.75, 0.75),
 }
-SIZES = {"small": 0.125, None: 0.19, "large": 0.29}
+SIZES = {"small": 0.16, None: 0.26, "large": 0.35}
+PLACED_SIZES = {"small": 0.14, None: 0.21}  # away from the center there is less room
 RELATIONS = ("left of", "right of", "above", "below")
 TEXTURES = ("striped", "dotted")
 LAYOUTS: dict[int, tuple[tuple[tuple[float, float], ...], ...]] = {
-    2: (((0.28, 0.5), (0.72, 0.5)),),
-    3: (((0.2, 0.5), (0.5, 0.5), (0.8, 0.5)), ((0.5, 0.27), (0.27, 0.7), (0.73, 0.7))),
-    4: (((0.28, 0.28), (0.72, 0.28), (0.28, 0.72), (0.72, 0.72)),),
+    2: (((0.27, 0.5), (0.73, 0.5)),),
+    3: (((0.5, 0.27), (0.26, 0.72), (0.74, 0.72)),),
+    4: (((0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)),),
 }
 HELD_OUT_SHARE = 10
 
@@ -114,13 +115,14 @@ def _one(rng: random.Random, seed: int) -> Scene:
     if size == "large" and place is not None:
         place = "center"
     x, y = PLACES[place or "center"]
-    spread = 0.03 if place else 0.06
+    spread = 0.02 if place or size == "large" else 0.06
+    radius = (SIZES if place in (None, "center") else PLACED_SIZES)[size]
     thing = Thing(
         shape=rng.choice(SHAPES),
         color=color,
         x=x + rng.uniform(-spread, spread),
         y=y + rng.uniform(-spread, spread),
-        radius=SIZES[size] * rng.uniform(0.93, 1.07),
+        radius=radius * rng.uniform(0.95, 1.05),
         texture=rng.choice(TEXTURES)
         if size != "small" and rng.random() < 0.15
         else None,
@@ -139,13 +141,13 @@ def _two(rng: random.Random, seed: int) -> Scene:
     background, first = _two_colors(rng)
     second = rng.choice([c for c in OBJECT_COLORS if c not in (background, first)])
     relation = rng.choice(RELATIONS)
-    near, far = rng.uniform(0.24, 0.30), rng.uniform(0.70, 0.76)
+    near, far = rng.uniform(0.24, 0.28), rng.uniform(0.72, 0.76)
     across = (rng.uniform(0.44, 0.56), rng.uniform(0.44, 0.56))
     along = (near, far) if relation in ("left of", "above") else (far, near)
     things = []
     for color, u, v in zip((first, second), along, across, strict=True):
         x, y = (u, v) if relation in ("left of", "right of") else (v, u)
-        radius = rng.uniform(0.15, 0.18)
+        radius = rng.uniform(0.18, 0.20)
         shape = rng.choice(SHAPES)
         things.append(Thing(shape=shape, color=color, x=x, y=y, radius=radius))
     return Scene(
@@ -161,13 +163,13 @@ def _count(rng: random.Random, seed: int) -> Scene:
     background, color = _two_colors(rng)
     shape = rng.choice(SHAPES)
     layout = rng.choice(LAYOUTS[rng.choice((2, 3, 4))])
-    radius = rng.uniform(0.115, 0.135)
+    radius = rng.uniform(0.165, 0.185)
     things = tuple(
         Thing(
             shape=shape,
             color=color,
-            x=x + rng.uniform(-0.03, 0.03),
-            y=y + rng.uniform(-0.03, 0.03),
+            x=x + rng.uniform(-0.02, 0.02),
+            y=y + rng.uniform(-0.02, 0.02),
             radius=radius,
         )
         for x, y in layout

@@ -52,11 +52,21 @@ def _say(line: str) -> None:
 
 @main.command()
 @_options
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+def start(work: Path, checkpoint: Path) -> None:
+    """Begin from the weights of CHECKPOINT instead of from nothing."""
+    convert(checkpoint, work / "start", layout="diffusers")
+
+
+@main.command()
+@_options
 @click.option("--steps", default=3000, show_default=True)
-def vae(work: Path, steps: int) -> None:
+@click.option("--rate", default=1e-3, show_default=True)
+@click.option("--minutes", type=float, help="Stop after so long (resumable).")
+def vae(work: Path, steps: int, rate: float, minutes: float | None) -> None:
     """Train the autoencoder."""
     work.mkdir(parents=True, exist_ok=True)
-    train_vae(work, steps=steps, say=_say)
+    train_vae(work, steps=steps, rate=rate, stop_at=_in(minutes), say=_say)
 
 
 @main.command()

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 PALETTE: dict[str, tuple[int, int, int]] = {
-    "red": (220, 30, 30),
-    "orange": (250, 140, 20),
-    "yellow": (250, 225, 40),
+    "red": (210, 20, 30),
+    "orange": (245, 125, 10),
+    "yellow": (255, 230, 50),
     "green": (30, 150, 50),
     "cyan": (60, 210, 220),
     "blue": (35, 65, 215),
