@@ -25,6 +25,7 @@ $(TINY): | $(READY)
 
 demo: $(READY) $(TINY)  ## Make the pictures of manifests/demo.csv on two CPU workers
 	$(BIN)/sdxl-jobs run manifests/demo.csv --config configs/tiny.yaml --workers 2 --output $(DEMO)
+	$(BIN)/sdxl-jobs sheet $(DEMO) --columns 8
 
 test: $(READY) $(TINY)  ## Run the tests (minutes)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

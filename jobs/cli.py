@@ -202,6 +202,36 @@ def status(folder: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The sheet's file.")
+@click.option("--columns", type=click.IntRange(1, 100), default=6, show_default=True)
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 2_000),
+    default=60,
+    show_default=True,
+    help="How many pictures, the first of the manifest.",
+)
+@click.option(
+    "--side",
+    type=click.IntRange(32, 1_024),
+    default=160,
+    show_default=True,
+    help="Pixels of a picture's longer side.",
+)
+def sheet(folder: Path, out: Path | None, **layout: int) -> None:
+    """Lay the pictures of the job in FOLDER out on one, with prompts and seeds.
+
+    Writes FOLDER/contact_sheet.png, unless --out names another file.
+
+    Example: sdxl-jobs sheet outputs/demo --columns 8
+    """
+    from jobs.sheet import make_sheet
+
+    click.echo(make_sheet(folder, out=out, **layout))
+
+
+@cli.command()
 @click.argument("prompt")
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="The picture's file."

@@ -7,7 +7,8 @@ its whole range is an error of 0.5 % in the noise at the first step, and would b
 learned last. Captions are dropped to zeros, pooled vector included, as the base model's
 unconditional branch has it; some are empty texts, which negative prompts start from.
 
-Sources: Podell et al. 2023 (SDXL); Hang et al. 2023 (min-SNR).
+Sources: Podell et al. 2023 (SDXL); Hang et al. 2023 (min-SNR); Guttenberg 2023 (offset
+noise).
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from pathlib import Path
 
 import torch
 from captions import caption
+from diffusers import UNet2DConditionModel
 from language import Language, load_language
 from latents import Batch, Latents
 from networks import make_unet
 from scenes import Scene
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 BATCH, PARTS = 32, 2
 MIN_SNR = 5.0
 ZERO_SHARE, EMPTY_SHARE = 0.1, 0.03
+OFFSET = 0.1
 SEEDS_FROM = 40_000_000
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 KEPT = torch.cumprod(1 - BETAS, 0)  # share of the signal's power, alpha-bar
@@ -71,8 +75,7 @@ def train_base(
 ) -> Model:
     """Train (or resume) the stage `base`, from the encoders of `language`."""
     torch.manual_seed(3)
-    model = Model()
-    model.language.load_state_dict(load_language(work).state_dict())
+    model = start_model(work)
     stage = Stage(
         model,
         base_loss(model, Latents(work), bf16=bf16),
@@ -83,6 +86,20 @@ def train_base(
         state_file=work / "base.pt",
     )
     run_stage(stage, **running)
+    return model
+
+
+def start_model(work: Path) -> Model:
+    """Return what `work` starts from: unpacked weights, or what `language` left."""
+    model, folder = Model(), work / "start"
+    if not folder.exists():
+        model.language.load_state_dict(load_language(work).state_dict())
+        return model
+    model.unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    first = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2")
+    model.language.first, model.language.second = first.train(), second.train()
+    model.unet.train()
     return model
 
 
@@ -107,7 +124,7 @@ def base_loss(
         with torch.set_grad_enabled(step % 4 == 0):
             context, pooled = conditions(model.language, batch.scenes, rng)
         timesteps = any_timesteps(len(batch.scenes), source)
-        noise = torch.randn(batch.latents.shape, generator=source)
+        noise = offset_noise(batch.latents.shape, source)
         x = noised(batch, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             found = model.noise_in(x, timesteps, context, pooled, batch.time_ids)
@@ -139,6 +156,16 @@ def any_timesteps(count: int, source: torch.Generator) -> torch.Tensor:
     early = torch.randint(600, 1000, (count,), generator=source)
     pick = torch.rand(count, generator=source) < 0.7
     return torch.where(pick, anywhere, early)
+
+
+def offset_noise(shape: torch.Size, source: torch.Generator) -> torch.Tensor:
+    """Draw noise (B, C, h, w) whose means per channel vary by `OFFSET` more than usual.
+
+    So the mean of what is seen tells less of the mean that is wanted; guidance, which
+    overshoots the mean first of all, is then corrected on the way.
+    """
+    means = torch.randn(*shape[:2], 1, 1, generator=source)
+    return torch.randn(shape, generator=source) + OFFSET * means
 
 
 def noised(batch: Batch, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

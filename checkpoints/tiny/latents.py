@@ -72,12 +72,12 @@ def add_chunks(
         pictures = np.stack(
             [pixels(draw_scene(s), v) for s, v in zip(seeds, views, strict=True)]
         )
-        latents = torch.cat(
-            [
-                vae.encode(x).latent_dist.mean * vae.config.scaling_factor
+        with torch.autocast("cpu", torch.bfloat16):
+            means = [
+                vae.encode(x).latent_dist.mean.float()
                 for x in torch.from_numpy(pictures).split(16)
             ]
-        )
+        latents = torch.cat(means) * vae.config.scaling_factor
         part = folder / f"{index:05d}.part"
         with part.open("wb") as file:
             np.savez(

@@ -14,7 +14,7 @@ SDXL = sorted((ROOT / "sdxl").glob("*.py"))
 HOMES = {
     "click": {"cli", "machine_cli", "options"},
     "yaml": {"yaml_tree"},
-    "PIL": {"images"},
+    "PIL": {"images", "sheet"},
     "tqdm": {"progress"},
     "psutil": {"lock"},
     "mindspore": set(),
