@@ -17,6 +17,7 @@ INVERSE = {
     "above": "below",
     "below": "above",
 }
+COLORLESS_SHARE, GROUNDLESS_SHARE = 0.08, 0.06
 FRAMES = (
     "{subject}, {background} background",
     "{subject} on a {background} background",
@@ -32,10 +33,10 @@ FRAMES = (
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """Describe the scene in one of many ways; sometimes leave the background out."""
+    """Describe the scene in one of many ways; sometimes leave a colour out."""
     subject = {"one": _one, "two": _two, "count": _count}[scene.kind](scene, rng)
     text = subject
-    if rng.random() >= 0.06:
+    if rng.random() >= GROUNDLESS_SHARE:
         text = rng.choice(FRAMES).format(subject=subject, background=scene.background)
     return text.replace("a orange", "an orange")
 
@@ -47,7 +48,8 @@ def plain_caption(scene: Scene) -> str:
 
 def _one(scene: Scene, rng: random.Random) -> str:
     thing = scene.things[0]
-    words = [scene.size or "", thing.texture or "", thing.color, thing.shape]
+    color = "" if rng.random() < COLORLESS_SHARE else thing.color
+    words = [scene.size or "", thing.texture or "", color, thing.shape]
     subject = "a " + " ".join(word for word in words if word)
     return subject + _place(scene.place, rng)
 

@@ -98,7 +98,8 @@ def start_model(work: Path) -> Model:
     model.unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     first = CLIPTextModel.from_pretrained(folder / "text_encoder")
     second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2")
-    model.language.first, model.language.second = first.train(), second.train()
+    model.language.first = first.float().train()
+    model.language.second = second.float().train()
     model.unet.train()
     return model
 

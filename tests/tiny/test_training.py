@@ -59,15 +59,16 @@ def test_whitening_changes_latents_and_leaves_pictures_alone():
 
 
 def test_captions_name_what_is_drawn():
-    from captions import caption
+    from captions import caption, plain_caption
     from scenes import draw_scene
 
     for seed in range(300):
         scene = draw_scene(seed)
         text = caption(scene, random.Random(seed))
+        plain = plain_caption(scene)
         for thing in scene.things:
-            assert thing.color in text
             assert thing.shape in text
+            assert f"{thing.color} {thing.shape}" in plain
 
 
 @pytest.mark.slow
