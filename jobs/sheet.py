@@ -28,7 +28,7 @@ COLUMNS += ["error_class", "image_path", "image_format"]
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 IMAGE_ID = re.compile("[0-9a-f]{16}")
 PAPER, INK, FAINT, GAP = (255, 255, 255), (30, 30, 30), (225, 225, 225), 10
-TEXT_SIZE, LINES = 12, 3
+TEXT_SIZE, LINE_HEIGHT, LINES = 12, 15, 3
 
 
 def make_sheet(
@@ -77,20 +77,35 @@ def first_rows(store: Store, limit: int) -> list[dict[str, Any]]:
 
 def tile(folder: Path, row: dict[str, Any], side: int) -> Image.Image:
     """Draw one picture with its prompt and seed under it."""
-    font = ImageFont.load_default(TEXT_SIZE)
-    height = side + LINES * (TEXT_SIZE + 3) + GAP
-    paper = Image.new("RGB", (side, height), PAPER)
-    pen = ImageDraw.Draw(paper)
     picture, trouble = read_picture(folder, row, side)
     if picture is None:
-        pen.rectangle((0, 0, side - 1, side - 1), fill=FAINT)
-        pen.text((GAP, side // 2), trouble, fill=INK, font=font)
-    else:
-        left, top = (side - picture.width) // 2, (side - picture.height) // 2
-        paper.paste(picture, (left, top))
-    for i, line in enumerate(legend(row, side)):
-        pen.text((0, side + 4 + i * (TEXT_SIZE + 3)), line, fill=INK, font=font)
+        picture = Image.new("RGB", (side, side), FAINT)
+        pen = ImageDraw.Draw(picture)
+        pen.text((GAP, side // 2), trouble, fill=INK, font=_font())
+    prompt = printable(row["prompt"] or "(empty prompt)", 400)
+    return drawn_under(picture, [prompt, f"seed {row['seed']}"], side)
+
+
+def drawn_under(
+    picture: Image.Image | np.ndarray, texts: Sequence[str], side: int
+) -> Image.Image:
+    """Draw texts under a picture; the first has two lines, each of the others one."""
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    paper = Image.new("RGB", (side, side + LINES * LINE_HEIGHT + GAP), PAPER)
+    paper.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    pen = ImageDraw.Draw(paper)
+    letters = max(8, side * 10 // (TEXT_SIZE * 6))
+    lines: list[str] = []
+    for text, most in zip(texts, (LINES - len(texts) + 1, 1, 1), strict=False):
+        lines += textwrap.wrap(text, letters, max_lines=most, placeholder=" …")
+    for i, line in enumerate(lines):
+        pen.text((0, side + 4 + i * LINE_HEIGHT), line, fill=INK, font=_font())
     return paper
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(TEXT_SIZE)
 
 
 def read_picture(
@@ -119,14 +134,6 @@ def read_picture(
         return None, "damaged"
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     return picture, ""
-
-
-def legend(row: dict[str, Any], side: int) -> list[str]:
-    """Return the lines under a picture: its prompt, cut to fit, and its seed."""
-    width = max(8, side * 10 // (TEXT_SIZE * 6))
-    prompt = printable(row["prompt"] or "(empty prompt)", 400)
-    lines = textwrap.wrap(prompt, width, max_lines=LINES - 1, placeholder=" …")
-    return [*lines, f"seed {row['seed']}"]
 
 
 def laid_out(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
