@@ -1,7 +1,7 @@
 """The trained small SDXL draws in diffusers what it draws here.
 
-The whole way of a user, where diffusers is installed: our `convert` writes a diffusers folder of the shipped file,
-diffusers loads it with `from_pretrained`, and both are given the same seeds.
+The whole way of a user, where diffusers is installed: our `convert` writes a folder of
+the shipped file, `from_pretrained` loads it, and both are given the same seeds.
 """
 
 import warnings
