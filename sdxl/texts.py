@@ -55,7 +55,7 @@ class Texts:
     def encode(self, texts: Iterable[str], batch_size: int) -> dict[str, Text]:
         """Encode the distinct ones of `texts` that are not known yet."""
         distinct = list(dict.fromkeys(texts))
-        ids = [tokenizer(distinct)[0] for tokenizer in self._tokenizers]
+        ids = self.tokenize(distinct)
         keys = [
             (b"".join(one[i].tobytes() for one in ids), batch_size)
             for i in range(len(distinct))
@@ -65,13 +65,21 @@ class Texts:
         found = {key: self._known[key] for key in rows if key in self._known}
         for part, valid in filled(len(missing), batch_size):
             chosen = [missing[row] for row in part]
-            hidden, pooled = self._run([one[chosen] for one in ids])
+            hidden, pooled = self.run([one[chosen] for one in ids])
             for i in range(valid):
                 found[keys[chosen[i]]] = Text(hidden=hidden[i], pooled=pooled[i])
         self._remember(found)
         return {text: found[key] for text, key in zip(distinct, keys, strict=True)}
 
-    def _run(self, ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids (n, 77) that each encoder reads."""
+        return [tokenizer(texts)[0] for tokenizer in self._tokenizers]
+
+    def run(self, ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode a batch of ids (n, 77), one array per encoder.
+
+        Returns hidden states (n, 77, D) and the pooled vector (n, P), float32.
+        """
         end = (ids[-1] == END_ID).argmax(axis=1).astype(np.int32)
         name = f"text-b{len(end)}"
         return self.graphs.run(name, lambda: EncodeText(self.model), end, *ids)
