@@ -111,7 +111,7 @@ def test_every_size_reaches_the_conditioning_vector_in_its_place(pipeline_of):
 def test_texts_seen_before_are_not_encoded_again(pipeline_of, monkeypatch):
     pipeline, pictures = pipeline_of("tiny"), quick()
     first = pipeline.encode(pictures, BATCH)
-    monkeypatch.setattr(pipeline.texts, "_run", None)
+    monkeypatch.setattr(pipeline.texts, "run", None)
     second = pipeline.encode(pictures, BATCH)
 
     np.testing.assert_array_equal(first.context, second.context)
@@ -122,13 +122,13 @@ def test_each_text_is_encoded_once_also_where_it_is_spelled_otherwise(
 ):
     texts = pipeline_of("tiny").texts
     encoded = []
-    original = texts._run
+    original = texts.run
 
     def run(ids):
         encoded.extend({row.tobytes() for row in ids[0]})
         return original(ids)
 
-    monkeypatch.setattr(texts, "_run", run)
+    monkeypatch.setattr(texts, "run", run)
     first = texts.encode(["a mauve heron", "a  Mauve HERON ", "an odd newt"], BATCH)
     again = texts.encode(["An odd newt", "smudged", "a mauve heron"], BATCH)
     texts.encode(["SMUDGED", "a mauve\nheron"], BATCH)
