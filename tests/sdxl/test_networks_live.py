@@ -28,4 +28,6 @@ def test_diffusers_computes_what_the_golden_file_says(
     assert live.keys() == golden.keys()
     pixels = live.pop("pixels").astype(int)
     assert np.abs(pixels - golden["pixels"]).max() <= 1
+    # Sines of angles in the thousands, in float32: torch's own differ by processor.
+    assert worst(live.pop("vector"), golden["vector"]) < 1e-4
     assert max(worst(live[key], golden[key]) for key in live) < 1e-5
