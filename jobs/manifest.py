@@ -191,7 +191,11 @@ def open_manifest(
             f"{path}: unknown kind of manifest `{path.suffix}`",
             hint="use .csv, .tsv, .parquet or .jsonl",
         )
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a folder on the way that may not be searched
+        raise ManifestError(f"{path}: {error.strerror}") from None
+    if not there:
         raise ManifestError(f"{path}: no such file")
     columns = columns_of(path, kind)
     manifest = Manifest(

@@ -265,7 +265,7 @@ def test_a_signal_while_it_plans_ends_it_and_leaves_nothing_half_done(job, tmp_p
         process = job.launch(*words)
         until((tmp_path / "out" / "parts").exists, process)
         process.send_signal(number)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=120)
         assert process.returncode == 130 and out == ""
         assert err.splitlines()[-1] == "interrupted" and "Traceback" not in err
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [

@@ -1,9 +1,12 @@
 """Folders and names that nobody planned for: nothing of the user's is touched."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from jobs_shared import (
@@ -19,7 +22,8 @@ from jobs_shared import (
     write_csv,
 )
 
-from jobs.errors import MismatchError, OutputError
+from jobs.errors import ManifestError, MismatchError, OutputError
+from jobs.manifest import open_manifest
 from jobs.status import read_status
 
 
@@ -157,6 +161,14 @@ def test_a_job_whose_parts_folder_is_gone_goes_on_from_its_results(
     assert len(rows_of(out)) == 3
 
 
+def open_to_all(*paths):
+    """Let anybody read paths, and search what lies between them and /tmp."""
+    top = Path(tempfile.gettempdir())
+    for path in {above for one in paths for above in (one, *one.parents)}:
+        if path.is_relative_to(top) and path != top:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 AS_NOBODY = """
 import os, sys
 import encodings.cp437, fake_cli
@@ -179,15 +191,13 @@ fake_cli.main(sys.argv[1:])
     ],
 )
 def test_a_folder_that_one_may_only_read_can_be_looked_at(
-    tmp_path, tmp_path_factory, checkpoint, words, code, said
+    tmp_path, checkpoint, words, code, said
 ):
     manifest = write_csv(tmp_path / "m.csv", numbered(1))
     run_job(manifest, tmp_path / "out", checkpoint)
     before = sorted((tmp_path / "out").rglob("*"))
     (tmp_path / "out").chmod(0o555)
-    for path in (*before, *tmp_path.parents, tmp_path, *checkpoint.parents):
-        if path.is_relative_to(tmp_path_factory.getbasetemp().parent):
-            path.chmod(0o755 if path.is_dir() else 0o644)
+    open_to_all(*before, tmp_path, checkpoint.parent)
     (tmp_path / "out").chmod(0o555)
     done = subprocess.run(
         [sys.executable, "-c", AS_NOBODY, words[0], "out", *words[1:]],
@@ -200,3 +210,14 @@ def test_a_folder_that_one_may_only_read_can_be_looked_at(
     assert done.returncode == code, done.stderr
     assert said in done.stderr and "Traceback" not in done.stderr
     assert sorted((tmp_path / "out").rglob("*")) == before
+
+
+def test_a_manifest_that_may_not_be_looked_for_is_an_error_of_one_line(
+    tmp_path, monkeypatch
+):
+    def shut(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", shut)
+    with pytest.raises(ManifestError, match=r"m\.csv: Permission denied$"):
+        open_manifest(tmp_path / "m.csv")

@@ -26,9 +26,9 @@ import pyarrow.parquet as pq  # noqa: E402
 from captions import plain_caption  # noqa: E402
 from judge import judge, sharpness  # noqa: E402
 from PIL import Image  # noqa: E402
+from report import put_into  # noqa: E402
 from scenes import Scene, draw_scene  # noqa: E402
 from scoring import rates, score  # noqa: E402
-from soak import put_into  # noqa: E402
 
 HELD_OUT_FROM = 90_000_000
 START, END = "<!-- exam -->", "<!-- /exam -->"
