@@ -160,8 +160,7 @@ def test_rows_run_alone_give_the_pixels_they_have_in_company(mixed):
 )
 def test_each_shipped_config_makes_pictures(tmp_path, models, name):
     """Checkpoints apart, the configs run as they are shipped."""
-    kind = name.removeprefix("tiny_").split("_")[0]
-    kind = "lcm4" if kind == "lcm" else kind
+    kind = name.split("_")[0]
     model = models[
         {"lcm4": "tiny-lcm", "refiner": "tiny-refiner"}.get(kind, "tiny-base")
     ]
