@@ -36,29 +36,15 @@ VARIATIONS = (
         name="negative_prompt",
         prompts=("a circle on a white background", "a star on a black background"),
         values=(None, "red", "blue", "yellow", "green"),
-        label="negative prompt: {}",
+        label="negative: {}",
         change=lambda text: {"negative_prompt": text},
     ),
     Variation(
         name="guidance_scale",
         prompts=("a red circle on a white background", "a large cyan heart on black"),
         values=(0.0, 1.0, 2.5, 5.0, 7.5),
-        label="guidance scale {}",
+        label="guidance {}",
         change=lambda scale: {"guidance_scale": scale},
-    ),
-    Variation(
-        name="original_size",
-        prompts=("a black square on an orange background", "a red star on white"),
-        values=(24, 48, 80, 128, 512),
-        label="original size {}",
-        change=lambda size: {"original_width": size, "original_height": size},
-    ),
-    Variation(
-        name="crop_left",
-        prompts=("a black square on an orange background", "a red ring on white"),
-        values=(0, 10, 20, 30, 40),
-        label="crop left {}",
-        change=lambda left: {"crop_left": left},
     ),
 )
 
