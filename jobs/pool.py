@@ -73,7 +73,7 @@ class Pool:
         self._lost_parts = 0
         self._unmerged: list[str] = []
         self._told_to_stop = False
-        self._ever_ready = False
+        self._ever_ready = self._any_died = False
 
     def run(self) -> None:
         """Work until every shard is done.
@@ -94,7 +94,7 @@ class Pool:
             self._end_all()
         finally:
             self._kill_all()
-        if any(s.generation > 1 or s.state == "quarantined" for s in self._slots):
+        if self._any_died:
             self._store.prepare()  # a worker that died may have left half a file
         self._observer.tick([slot.describe() for slot in self._slots])
 
@@ -265,6 +265,7 @@ class Pool:
             slot.state = "ended"
             return
         self._dispatch.forget(slot)
+        self._any_died = True
         self._find_unannounced(slot)
         # What it made and did not publish is made again, and counted then.
         self._observer.batch_made(-slot.untold["ok"], -slot.untold["failed"])

@@ -57,8 +57,9 @@ def run(
         JobError: what is asked for can't be done, or the folder can't be written.
         KeyboardInterrupt: a signal came before or after the pictures were in work.
     """
-    with interruptible():
-        return _run(order, pipeline, retry)
+    stop = Stop()
+    with interruptible(stop):
+        return _run(order, pipeline, retry, stop)
 
 
 def _refuse_odd_names(*paths: str | Path | None) -> None:
@@ -70,7 +71,7 @@ def _refuse_odd_names(*paths: str | Path | None) -> None:
             raise JobError(f"{path}: the path is not UTF-8") from None
 
 
-def _run(order: Order, pipeline: str, retry: Retry | None) -> Summary:
+def _run(order: Order, pipeline: str, retry: Retry | None, stop: Stop) -> Summary:
     _refuse_odd_names(order.manifest, order.output, order.config.model.checkpoint)
     manifest = open_manifest(
         order.manifest, prompt_column=order.prompt_column, id_column=order.id_column
@@ -85,7 +86,16 @@ def _run(order: Order, pipeline: str, retry: Retry | None) -> Summary:
     store.prepare_root()
     with FolderLock(order.output) as lock, folder_errors(order.output):
         return _Run(
-            order, manifest, model, refiner, resolved, store, pipeline, retry, lock
+            order,
+            manifest,
+            model,
+            refiner,
+            resolved,
+            store,
+            pipeline,
+            retry,
+            lock,
+            stop,
         ).execute()
 
 
@@ -100,8 +110,8 @@ class _Run:
     pipeline: str | None
     retry: Retry | None
     lock: FolderLock
+    stop: Stop
     run_id: str = field(default_factory=lambda: _new_run_id())
-    stop: Stop = field(default_factory=Stop)
     _invalid: list[Rejected] = field(default_factory=list)
     _invalid_parts: int = 0
     _last_status: float = 0.0
@@ -117,6 +127,7 @@ class _Run:
         if self.retry:
             index = index.retrying(self.retry.only)
         found = survey(self.manifest, self.resolved, self.order.limit, index)
+        self.stop.heed()
         whole = self.order.limit is None
         self.rows_read = found.rows
         self.store.check_rows(
@@ -128,6 +139,7 @@ class _Run:
         self._write_job(fields, found)
         self.store.remember_rows(found.ids, found.contents)
 
+        self.stop.heed()
         started = time.monotonic()
         with Progress(found.pending) as progress, stopping(self.stop):
             self.progress = progress

@@ -22,6 +22,11 @@ class Stop:
 
     asked: int = 0
 
+    def heed(self) -> None:
+        """Raise KeyboardInterrupt if it was asked for and got lost."""
+        if self.asked:
+            raise KeyboardInterrupt
+
 
 @contextmanager
 def stopping(stop: Stop) -> Iterator[None]:
@@ -39,17 +44,19 @@ def stopping(stop: Stop) -> Iterator[None]:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(stop: Stop) -> Iterator[None]:
     """Let the signals to stop end planning and compacting as SIGINT does.
 
     Both leave the folder as it was: what they write is published whole or not at all.
+    `stop` counts them too: an exception that comes up inside a callback of a library
+    can be lost there, and `heed` then raises it.
     """
 
     def interrupt(number: int, frame: Any) -> None:
+        stop.asked += 1
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     try:
         yield
     finally:

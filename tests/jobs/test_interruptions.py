@@ -4,6 +4,7 @@ The job of most tests has two pictures that wait for a gate, a file: while it is
 two workers are in mid-job, however fast or slow the machine is.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -29,6 +30,7 @@ from jobs_shared import (
 
 from jobs.order import Order
 from jobs.run import run
+from jobs.signals import Stop, interruptible
 from jobs.store import Store
 
 SETTINGS = ("output.commit_every=1", "runtime.shard_batches=1")
@@ -274,6 +276,15 @@ def test_a_signal_while_it_plans_ends_it_and_leaves_nothing_half_done(job, tmp_p
             "parts",
         ]
         (tmp_path / "out" / "parts").rmdir()
+
+
+def test_a_signal_whose_exception_a_library_lost_is_heeded_all_the_same():
+    stop = Stop()
+    with interruptible(stop):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            stop.heed()
 
 
 def test_a_second_run_is_refused_while_the_first_is_stopped(job):
