@@ -15,6 +15,7 @@ from jobs.errors import printable
 
 LINE_SECONDS = 30.0
 Row = TypeVar("Row")
+Shown = TypeVar("Shown", bound="_Bar")
 WINDOW_SECONDS = 120.0
 
 
@@ -135,13 +136,14 @@ def tracked(items: Iterable[Row], total: int, what: str) -> Iterator[Row]:
         yield from bar
 
 
-class StepBar:
-    """Show steps done of steps in all, and the time left: call it with both."""
+class _Bar:
+    """Show how much is done of how much, and the time left: call it with both."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, unit: str, *, scaled: bool = False) -> None:
         self._bar = tqdm(
-            desc=what,
-            unit="step",
+            desc=printable(what),
+            unit=unit,
+            unit_scale=scaled,
             delay=1,
             leave=False,
             file=sys.stderr,
@@ -156,7 +158,7 @@ class StepBar:
         """Print a line without tearing the bar."""
         self._bar.write(printable(text, 2_000), file=sys.stderr)
 
-    def __enter__(self) -> StepBar:
+    def __enter__(self: Shown) -> Shown:
         return self
 
     def __exit__(
@@ -168,33 +170,18 @@ class StepBar:
         self._bar.close()
 
 
-class ByteBar:
-    """Show bytes done of bytes in all: call it with both."""
+class StepBar(_Bar):
+    """Show steps of a computation."""
 
     def __init__(self, what: str) -> None:
-        self._bar = tqdm(
-            desc=printable(what),
-            unit="B",
-            unit_scale=True,
-            delay=1,
-            leave=False,
-            file=sys.stderr,
-        )
+        super().__init__(what, "step")
 
-    def __call__(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
 
-    def __enter__(self) -> ByteBar:
-        return self
+class ByteBar(_Bar):
+    """Show bytes read or written."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.close()
+    def __init__(self, what: str) -> None:
+        super().__init__(what, "B", scaled=True)
 
 
 def duration(seconds: float) -> str:

@@ -73,11 +73,11 @@ def whitened(work: Path) -> AutoencoderKL:
 
 def load_vae(work: Path) -> AutoencoderKL:
     """Return the trained autoencoder of `work`, with its later decoder if any."""
-    if not (work / "decoder.pt").exists():
-        return whitened(work)
-    vae = make_vae()
-    load_average(work / "decoder.pt", vae)
-    return vae
+    if (work / "decoder.pt").exists():
+        vae = make_vae()
+        load_average(work / "decoder.pt", vae)
+        return vae
+    return whitened(work) if (work / "vae.pt").exists() else start_vae(work)
 
 
 def vae_loss(vae: AutoencoderKL, steps: int) -> LossOf:

@@ -66,7 +66,11 @@ class Stage:
         self.nets, self.loss_of, self.steps = nets, loss_of, steps
         self.state_file, self.threads = state_file, threads
         self.optimizer = torch.optim.AdamW(
-            groups or nets.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01
+            groups or nets.parameters(),
+            lr=rate,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            fused=True,
         )
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.average = Average(nets.parameters(), decay)

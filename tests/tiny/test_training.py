@@ -119,7 +119,7 @@ def test_base_learns_in_50_steps(work):
     model = Model()
     stage = Stage(
         model,
-        base_loss(model, Latents(work), count=16),
+        base_loss(model, Latents(work), STEPS, count=16),
         steps=STEPS,
         rate=1e-3,
         groups=model.groups(1e-3),
