@@ -50,6 +50,7 @@ def graphs_folder(root: Path, config: ModelConfig) -> Path:
 
 def software() -> dict[str, str]:
     """List what a compiled graph depends on, beside the model and its own key."""
+    here = Path(__file__).parent
     settings = {
         name: value
         for name, value in sorted(os.environ.items())
@@ -60,7 +61,7 @@ def software() -> dict[str, str]:
         "python": ".".join(map(str, sys.version_info[:3])),
         "machine": platform.machine(),
         "cann": _hash_of(cann_files()),
-        "code": _hash_of(sorted(Path(__file__).parent.glob("*.py"))),
+        "code": _hash_of(sorted([*here.glob("*.py"), *here.glob("*.c")])),
     } | settings
 
 

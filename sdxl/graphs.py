@@ -9,6 +9,7 @@ every step is put on the device once, with `on_device`.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,7 +20,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from sdxl import ops
+from sdxl import cpu_kernels, ops
 from sdxl.compile_cache import CompileCache, uncached
 
 Input = np.ndarray | Tensor
@@ -52,7 +53,8 @@ def set_up(
         flash = has_flash_attention() if flash_attention is None else flash_attention
         ops.build_in(ops.ASCEND if flash else ops.ASCEND_SOFTMAX)
     else:
-        ops.build_in(ops.CPU)
+        cpu_kernels.set_threads(threads or len(os.sched_getaffinity(0)))
+        ops.build_in(ops.form_of_cpu())
 
 
 @cache

@@ -84,21 +84,28 @@ class LayerNorm(nn.Cell):
         super().__init__()
         self.gamma = empty((width,), ms.float32, "gamma")
         self.beta = empty((width,), ms.float32, "beta")
-        self.normalize = msops.LayerNorm(-1, -1, eps)
+        self.normalize = ops.LayerNormalize(eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.normalize(x.astype(ms.float32), self.gamma, self.beta)[0]
+        y = self.normalize(x.astype(ms.float32), self.gamma, self.beta)
         return y.astype(x.dtype)
 
 
 class GroupNorm(nn.Cell):
-    """Group norm, computed in float32, returned as it came."""
+    """Group norm, and SiLU of it where `activated`: in float32, returned as it came."""
 
-    def __init__(self, channels: int, groups: int, eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        eps: float = 1e-5,
+        *,
+        activated: bool = False,
+    ) -> None:
         super().__init__()
         self.gamma = empty((channels,), ms.float32, "gamma")
         self.beta = empty((channels,), ms.float32, "beta")
-        self.normalize = ops.GroupNormalize(groups, eps)
+        self.normalize = ops.GroupNormalize(groups, eps, activated=activated)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.normalize(x, self.gamma, self.beta).astype(x.dtype)
@@ -112,7 +119,7 @@ class SiLU(nn.Cell):
 
 
 class Identity(nn.Cell):
-    """Nothing, where a checkpoint's numbering counts a dropout."""
+    """Nothing, where a checkpoint's numbering counts a dropout or a fused SiLU."""
 
     def construct(self, x: Tensor) -> Tensor:
         return x

@@ -5,10 +5,12 @@ one form only: that of the device which `graphs.set_up` chose, or, within `built
 that of another one, to be looked at where there is none. Statistics (mean, variance,
 softmax) are always computed in float32.
 
-On CPU (MindSpore 2.8, 2 threads): a group norm takes 25 ms at (2, 320, 64, 64) as
-`GroupNorm`, 11 ms as two batch norms; nearest upsampling 63 ms as `interpolate` and
-11 ms as a broadcast; the `GeLU` primitive is the tanh approximation. Arithmetic between
-unlike shapes is slow and keeps 16 bytes per element for good, gigabytes in all: hence
+On CPU, what lies between matrix products and convolutions has fused kernels of our own
+(`cpu_kernels`) wherever a C compiler is, and plain forms elsewhere. Of the plain ones
+(MindSpore 2.8, 2 threads): a group norm takes 25 ms at (2, 320, 64, 64) as `GroupNorm`,
+11 ms as two batch norms; nearest upsampling 63 ms as `interpolate` and 11 ms as a
+broadcast; the `GeLU` primitive is the tanh approximation. Arithmetic between unlike
+shapes is slow and keeps 16 bytes per element for good, gigabytes in all: hence
 `add_row` and `add_per_channel`.
 """
 
@@ -17,11 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mindspore as ms
 from mindspore import Tensor, nn
 from mindspore import ops as msops
+
+from sdxl import cpu_kernels
 
 UNIT_EPS = 1e-5
 
@@ -33,11 +37,13 @@ class Form:
     `flash_attention` is documented for Atlas A2 and later: float16, no more than 512
     numbers a head and a multiple of 16 of them, any number of queries and of keys.
     `max_scores` of an attention without it are held at a time, 256 MiB in float32.
+    `kernels` is the path of the library of `cpu_kernels`, if there is one.
     """
 
     group_norm: bool
     flash_attention: bool
     max_scores: int = 2**26
+    kernels: str = ""
     mark: str = ""
 
 
@@ -51,6 +57,11 @@ _form = CPU
 def form() -> Form:
     """Give the form that cells are built in."""
     return _form
+
+
+def form_of_cpu() -> Form:
+    """Give the form of this machine's CPU: with our own kernels where they can be."""
+    return replace(CPU, kernels=cpu_kernels.library())
 
 
 def build_in(form: Form) -> Form:
@@ -114,20 +125,71 @@ def add_per_channel(x: Tensor, offset: Tensor) -> Tensor:
     return y.reshape(B, C, H, W)
 
 
-class GroupNormalize(nn.Cell):
-    """Group norm (Wu and He 2018) in float32, its parameters (C,) given as inputs."""
+class GatedGelu(nn.Cell):
+    """value * gelu(gate), halves of x + bias: (..., 2 W) and (2 W,) -> (..., W)."""
 
-    def __init__(self, groups: int, eps: float) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = None
+        if form().kernels:
+            self.kernel = cpu_kernels.operator(form().kernels, "geglu", _half)
+
+    def construct(self, x: Tensor, bias: Tensor) -> Tensor:
+        if self.kernel is not None and x.dtype == ms.float32:
+            return self.kernel(x, bias)
+
+        value, gate = msops.split(add_row(x, bias), x.shape[-1] // 2, -1)
+        return value * gelu(gate)
+
+
+class LayerNormalize(nn.Cell):
+    """Layer norm (Ba et al. 2016) of float32, its parameters (W,) given as inputs."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.kernel = None
+        if form().kernels:
+            self.kernel = cpu_kernels.operator(form().kernels, "layer_norm")
+        self.settings = Tensor([eps], ms.float32)
+        self.normalize = msops.LayerNorm(-1, -1, eps)
+
+    def construct(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        if self.kernel is not None:
+            return self.kernel(x, gamma, beta, self.settings)
+
+        return self.normalize(x, gamma, beta)[0]
+
+
+class GroupNormalize(nn.Cell):
+    """Group norm (Wu and He 2018) in float32, its parameters (C,) given as inputs.
+
+    Where `activated`, SiLU of it.
+    """
+
+    def __init__(self, groups: int, eps: float, *, activated: bool = False) -> None:
         super().__init__()
         self.groups = groups
         self.eps = eps
+        self.activated = activated
         self.native = form().group_norm
+        self.kernel = None
+        if form().kernels:
+            name = "group_norm_silu" if activated else "group_norm"
+            self.kernel = cpu_kernels.operator(form().kernels, name)
+        self.settings = Tensor([groups, eps], ms.float32)
         self.standardize = msops.BatchNorm(is_training=True, epsilon=eps)
         self.scale = msops.BatchNorm(is_training=False, epsilon=UNIT_EPS)
 
     def construct(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        B, C, H, W = x.shape
         x = x.astype(ms.float32)
+        if self.kernel is not None:
+            return self.kernel(x, gamma, beta, self.settings)
+
+        y = self.plain(x, gamma, beta)
+        return silu(y) if self.activated else y
+
+    def plain(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        B, C, H, W = x.shape
         if self.native:
             return msops.group_norm(x, self.groups, gamma, beta, self.eps)
 
@@ -146,6 +208,62 @@ class GroupNormalize(nn.Cell):
         return self.scale(y, gamma, beta, mean, variance)[0]
 
 
+class Softmax(nn.Cell):
+    """softmax(scale * x) over the last axis of float32."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.kernel = None
+        if form().kernels:
+            self.kernel = cpu_kernels.operator(form().kernels, "softmax")
+        self.settings = Tensor([scale], ms.float32)
+        self.softmax = msops.Softmax(-1)
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.kernel is not None:
+            return self.kernel(x, self.settings)
+
+        return self.softmax(x if self.scale == 1 else x * self.scale)
+
+
+class Heads(nn.Cell):
+    """Part (B, L, heads * d) into (B * heads, L, d), and join it again."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.kernel = None
+        if form().kernels:
+            library = form().kernels
+            self.kernel = cpu_kernels.operator(
+                library, "split_heads", lambda x: [x[0] * heads, x[1], x[2] // heads]
+            )
+            self.joining = cpu_kernels.operator(
+                library, "join_heads", lambda x: [x[0] // heads, x[1], x[2] * heads]
+            )
+
+    def construct(self, x: Tensor) -> Tensor:
+        B, L, D = x.shape
+        if self.heads == 1:
+            return x
+        if self.kernel is not None and x.dtype == ms.float32:
+            return self.kernel(x)
+
+        x = x.reshape(B, L, self.heads, D // self.heads).transpose(0, 2, 1, 3)
+        return x.reshape(B * self.heads, L, D // self.heads)  # (B heads, L, d)
+
+    def join(self, x: Tensor) -> Tensor:
+        n, L, d = x.shape
+        if self.heads == 1:
+            return x
+        if self.kernel is not None and x.dtype == ms.float32:
+            return self.joining(x)
+
+        x = x.reshape(n // self.heads, self.heads, L, d).transpose(0, 2, 1, 3)
+        return x.reshape(n // self.heads, L, self.heads * d)  # (B, L, heads d)
+
+
 class Attention(nn.Cell):
     """softmax(Q K^T / sqrt(d) + mask) V over (B, L, heads * d) arrays.
 
@@ -162,16 +280,12 @@ class Attention(nn.Cell):
         fits = head_dim % 16 == 0 and head_dim <= 512
         self.fused = fused and fits and form().flash_attention
         self.max_scores = form().max_scores
+        self.split = Heads(heads)
         self.scores = msops.BatchMatMul(transpose_b=True)
         self.values = msops.BatchMatMul()
-        self.softmax = msops.Softmax(-1)
-
-    def split(self, x: Tensor) -> Tensor:
-        B, L, D = x.shape
-        if self.heads == 1:
-            return x
-        x = x.reshape(B, L, self.heads, D // self.heads).transpose(0, 2, 1, 3)
-        return x.reshape(B * self.heads, L, D // self.heads)  # (B heads, L, d)
+        # It scales for nothing in a kernel of ours; else queries are fewer than scores.
+        self.scale_scores = bool(form().kernels)
+        self.softmax = Softmax(self.scale if self.scale_scores else 1.0)
 
     def prepare(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Bring keys and values into the form that `over` takes, once for many."""
@@ -207,28 +321,27 @@ class Attention(nn.Cell):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Attend to prepared keys and values."""
-        B, L, D = q.shape
+        B, L, _ = q.shape
         if self.fused and q.dtype == ms.float16:
             return msops.flash_attention_score(
                 q, k, v, self.heads, scalar_value=self.scale, input_layout="BSH"
             )
 
-        q = self.split(q * self.scale)
+        q = self.split(q if self.scale_scores else q * self.scale)
         n = B * self.heads
         groups = parts_of(n * L * k.shape[1], n, self.max_scores)
         if groups == 1:
-            out = self.attend_in_slices(q, k, v, mask)
-        else:
-            q = msops.split(q, n // groups, 0)
-            k, v = msops.split(k, n // groups, 0), msops.split(v, n // groups, 0)
-            out = ()
-            for i in range(groups):
-                out = (*out, self.attend_in_slices(q[i], k[i], v[i], mask))
-            out = msops.concat(out, 0)
-        if self.heads == 1:
-            return out
-        out = out.reshape(B, self.heads, L, D // self.heads)
-        return out.transpose(0, 2, 1, 3).reshape(B, L, D)
+            return self.split.join(self.attend_in_slices(q, k, v, mask))
+        q = msops.split(q, n // groups, 0)
+        k, v = msops.split(k, n // groups, 0), msops.split(v, n // groups, 0)
+        out = ()
+        for i in range(groups):
+            out = (*out, self.attend_in_slices(q[i], k[i], v[i], mask))
+        return self.split.join(msops.concat(out, 0))
+
+
+def _half(x: list[int], bias: list[int]) -> list[int]:
+    return [*x[:-1], x[-1] // 2]
 
 
 @ms.ops.constexpr

@@ -109,16 +109,16 @@ class ResBlock(nn.Cell):
         super().__init__()
         groups = config.norm_groups
         self.in_layers = nn.SequentialCell(
-            GroupNorm(channels, groups),
-            SiLU(),
+            GroupNorm(channels, groups, activated=True),
+            Identity(),
             Conv2d(channels, channels_out, 3, dtype, padding=1),
         )
         self.emb_layers = nn.SequentialCell(
             SiLU(), Dense(config.time_embed_dim, channels_out, dtype)
         )
         self.out_layers = nn.SequentialCell(
-            GroupNorm(channels_out, groups),
-            SiLU(),
+            GroupNorm(channels_out, groups, activated=True),
+            Identity(),
             Identity(),
             Conv2d(channels_out, channels_out, 3, dtype, padding=1),
         )
@@ -163,11 +163,10 @@ class GEGLU(nn.Cell):
     def __init__(self, width: int, width_out: int, dtype: ms.Type) -> None:
         super().__init__()
         self.proj = Dense(width, 2 * width_out, dtype)
+        self.gate = ops.GatedGelu()
 
     def construct(self, x: Tensor) -> Tensor:
-        x = self.proj(x)
-        value, gate = msops.split(x, x.shape[-1] // 2, -1)
-        return value * ops.gelu(gate)
+        return self.gate(ops.dense(x, self.proj.weight), self.proj.bias)
 
 
 class FeedForward(nn.Cell):
@@ -278,8 +277,8 @@ class UNet(nn.Cell):
         )
         self.output_blocks = output_blocks(config, skips, dtype)
         self.out = nn.SequentialCell(
-            GroupNorm(width, config.norm_groups),
-            SiLU(),
+            GroupNorm(width, config.norm_groups, activated=True),
+            Identity(),
             Conv2d(width, config.out_channels, 3, dtype, padding=1),
         )
         self.transformers = self._transformers()

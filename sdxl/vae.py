@@ -23,18 +23,18 @@ DTYPE = ms.float32
 class ResnetBlock(nn.Cell):
     def __init__(self, channels: int, channels_out: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(channels, groups, EPS)
+        self.norm1 = GroupNorm(channels, groups, EPS, activated=True)
         self.conv1 = Conv2d(channels, channels_out, 3, DTYPE, padding=1)
-        self.norm2 = GroupNorm(channels_out, groups, EPS)
+        self.norm2 = GroupNorm(channels_out, groups, EPS, activated=True)
         self.conv2 = Conv2d(channels_out, channels_out, 3, DTYPE, padding=1)
         self.shortcut = channels != channels_out
         if self.shortcut:
             self.nin_shortcut = Conv2d(channels, channels_out, 1, DTYPE)
 
     def construct(self, x: Tensor) -> Tensor:
-        h = self.conv1(ops.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x))
 
-        h = self.conv2(ops.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h))
 
         if self.shortcut:
             x = self.nin_shortcut(x)
@@ -142,7 +142,7 @@ class Encoder(nn.Cell):
             width = widths[-1]
         self.down = nn.CellList(levels)
         self.mid = Middle(width, groups)
-        self.norm_out = GroupNorm(width, groups, EPS)
+        self.norm_out = GroupNorm(width, groups, EPS, activated=True)
         self.conv_out = Conv2d(width, 2 * config.z_channels, 3, DTYPE, padding=1)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class Encoder(nn.Cell):
         for level in self.down:
             x = level(x)
         x = self.mid(x)
-        return self.conv_out(ops.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))
 
 
 class Decoder(nn.Cell):
@@ -168,7 +168,7 @@ class Decoder(nn.Cell):
             levels.insert(0, UpLevel(widths, groups, last=i == 0))
             width = widths[-1]
         self.up = nn.CellList(levels)
-        self.norm_out = GroupNorm(width, groups, EPS)
+        self.norm_out = GroupNorm(width, groups, EPS, activated=True)
         self.conv_out = Conv2d(width, 3, 3, DTYPE, padding=1)
         self.levels = len(levels)
 
@@ -176,7 +176,7 @@ class Decoder(nn.Cell):
         x = self.mid(self.conv_in(x))
         for i in range(self.levels):
             x = self.up[self.levels - 1 - i](x)
-        return self.conv_out(ops.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))
 
 
 class VAE(nn.Cell):

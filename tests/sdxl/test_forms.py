@@ -91,7 +91,8 @@ def test_a_process_on_the_cpu_builds_for_the_cpu(card):
     card("ascend910b")
     set_up("CPU")
 
-    assert ops.form() == ops.CPU
+    assert ops.form() == ops.form_of_cpu()
+    assert not ops.form().flash_attention
 
 
 def test_a_form_holds_until_its_block_ends_however_it_ends():
