@@ -147,6 +147,19 @@ def mindspore(machine: Machine, asked: Asked) -> Verdict:
     return ok("MindSpore", version)
 
 
+def compiler(machine: Machine, asked: Asked) -> Verdict:
+    """Tell whether the CPU gets kernels of our own, which a compiler makes there."""
+    if asked.target != "CPU":
+        return ok("C compiler", "not needed on a card")
+    if machine.compiler is None:
+        return warning(
+            "C compiler",
+            "none; the CPU's own kernels are left out, and a step takes a third longer",
+            "install gcc or clang, or name one: `export CC=/path/to/cc`",
+        )
+    return ok("C compiler", machine.compiler)
+
+
 def judge_probe(found: Probe, asked: Asked) -> Verdict:
     """Judge what came of a matrix product in a process of its own."""
     what = f"MindSpore on {asked.target}"

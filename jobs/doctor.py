@@ -32,6 +32,7 @@ SOFTWARE: tuple[Check, ...] = (
     check_software.numpy,
     check_software.tables,
     check_software.mindspore,
+    check_software.compiler,
 )
 BYTES = {"fp32": 4, "fp16": 2}
 

@@ -83,6 +83,7 @@ class Machine:
     driver: str | None
     cann: str | None
     cores: int
+    compiler: str | None
     open_files: int | None
     memory_total: int | None
     memory_free: int | None
@@ -114,6 +115,7 @@ def look(places: Places, output: Path, cache: Path | None = None) -> Machine:
         driver=_stated(places.ascend / "driver" / "version.info"),
         cann=_cann(places),
         cores=devices.cores(),
+        compiler=_compiler(),
         open_files=_open_files(),
         memory_total=total,
         memory_free=free,
@@ -122,6 +124,13 @@ def look(places: Places, output: Path, cache: Path | None = None) -> Machine:
         current=folder(places, places.current),
         temporary=folder(places, places.temporary),
     )
+
+
+def _compiler() -> str | None:
+    from sdxl.cpu_kernels import compiler
+
+    found = compiler()
+    return found[0] if found else None
 
 
 def _nodes(dev: Path) -> list[Path]:

@@ -69,6 +69,7 @@ HEALTHY = Machine(
     driver="25.2.0",
     cann="8.3.RC2",
     cores=8,
+    compiler="cc",
     open_files=4096,
     memory_total=64 * GB,
     memory_free=60 * GB,

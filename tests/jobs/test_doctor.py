@@ -50,6 +50,7 @@ TROUBLES = [
         {"packages": {"mindspore": "2.10.0"}},
         "slower",
     ),
+    (software.compiler, CPU, "warning", {"compiler": None}, "gcc or clang"),
     (ascend.devices, CARDS, "failure", {"nodes": ()}, "no /dev/davinci"),
     (
         ascend.nodes,
