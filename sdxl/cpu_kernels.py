@@ -54,7 +54,9 @@ def library() -> str:
     if os.environ.get("SDXL_CPU_KERNELS", "").lower() in ("off", "0", "false", "no"):
         return ""
     try:
-        return str(_library())
+        path = str(_library())
+        ctypes.CDLL(path)  # a folder may forbid to run what is in it
+        return path
     except (_KernelError, OSError, subprocess.SubprocessError) as error:
         log.warning("CPU kernels: MindSpore's are used, which are slower: %s", error)
         return ""
@@ -100,12 +102,7 @@ def _library() -> Path:
         if _is_ours(path) and path == _named(name, path):
             return path
         path.unlink()
-    path = _compile(command, folder, name)
-    try:
-        ctypes.CDLL(str(path))
-    except OSError as error:
-        raise _KernelError(str(error)) from None
-    return path
+    return _compile(command, folder, name)
 
 
 def _named(name: str, path: Path) -> Path:
