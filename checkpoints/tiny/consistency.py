@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from denoising import KEPT, Model, conditions, load_base, noised
+from denoising import Model, conditions, load_base, noise_free, noised
 from latents import Latents
 from networks import make_unet
 from torch import nn
@@ -65,7 +65,7 @@ class Student(nn.Module):
         scaled = (timesteps * TIME_SCALE)[:, None, None, None]
         total = scaled**2 + SIGMA_DATA**2
         skip, out = SIGMA_DATA**2 / total, scaled / total.sqrt()
-        return skip * x + out * clean(x, noise, timesteps)
+        return skip * x + out * noise_free(x, noise, timesteps)
 
 
 def guidance_embedding(w: torch.Tensor) -> torch.Tensor:
@@ -74,14 +74,6 @@ def guidance_embedding(w: torch.Tensor) -> torch.Tensor:
     rates = torch.exp(-math.log(10_000.0) / (half - 1) * torch.arange(half))
     angles = 1000.0 * w[:, None] * rates[None]
     return torch.cat((angles.sin(), angles.cos()), 1)
-
-
-def clean(
-    x: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-) -> torch.Tensor:
-    """Take the noise out of x."""
-    kept = KEPT.float()[timesteps][:, None, None, None]
-    return (x - (1 - kept).sqrt() * noise) / kept.sqrt()
 
 
 def train_lcm(
@@ -140,12 +132,12 @@ def lcm_loss(
         w = torch.rand(count, generator=source)
         w = GUIDANCES[0] - 1 + (GUIDANCES[1] - GUIDANCES[0]) * w
         noise = torch.randn(batch.latents.shape, generator=source)
-        x = noised(batch, noise, high)
+        x = noised(batch.latents, noise, high)
         with torch.no_grad():
-            text = conditions(teacher.language, batch.scenes, rng, dropped=0.0)
+            text = conditions(teacher.language, batch.scenes, rng)
             guided = guided_noise(teacher, x, high, w, *text, batch.time_ids)
-            base, kept = clean(x, guided, high), KEPT.float()[low][:, None, None, None]
-            lower = kept.sqrt() * base + (1 - kept).sqrt() * guided
+            base = noise_free(x, guided, high)
+            lower = noised(base, guided, low)
             wanted = target(lower, low, w, *text, batch.time_ids)
             wanted = torch.where((index < STRIDE)[:, None, None, None], base, wanted)
         found = student(x, high, w, *text, batch.time_ids)

@@ -90,7 +90,7 @@ def refiner_loss(refiner: Refiner, language: Language, data: Latents) -> LossOf:
         count = len(texts)
         timesteps = torch.randint(0, HIGHEST_TIMESTEP, (count,), generator=source)
         noise = torch.randn(batch.latents.shape, generator=source)
-        x = noised(batch, noise, timesteps)
+        x = noised(batch.latents, noise, timesteps)
         ids = refiner_ids(batch, rng)
         found = refiner.noise_in(x, timesteps, context, pooled, ids)
         errors = (found - noise).square().mean((1, 2, 3))
