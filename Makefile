@@ -57,6 +57,7 @@ bench-runner: $(READY)  ## What the runner adds to eight devices' time (a minute
 
 bench: $(READY)  ## Compare the full-size UNet's step and a whole job with diffusers (`make oracle` first; 24 GB of memory, a quarter of an hour)
 	$(BIN)/python -m tests.bench.unet_step
+	$(BIN)/python -m tests.bench.second_start
 	$(BIN)/python -m tests.bench.job
 
 lint: $(READY)  ## Check style and formatting

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from mmap import mmap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from sdxl.config import PRESETS, VAE_FACTOR, ModelConfig
 from sdxl.layouts import tensor_specs
 from sdxl.random_weights import random_tensor
 from sdxl.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from sdxl.compile_cache import CompileCache
 
 PREFIX = "model.diffusion_model."
 GUIDANCE, SIGMA = 5.0, 7.5
@@ -94,7 +98,12 @@ def latents(config: ModelConfig, size: int) -> np.ndarray:
 class Ours:
     """The step graph as the pipeline runs it."""
 
-    def __init__(self, weights: SharedWeights, threads: int) -> None:
+    def __init__(
+        self,
+        weights: SharedWeights,
+        threads: int,
+        cache: CompileCache | None = None,
+    ) -> None:
         from mindspore.nn.utils import no_init_parameters
 
         from sdxl.graphs import Graphs, set_up
@@ -106,7 +115,9 @@ class Ours:
         with no_init_parameters():
             model = DiffusionModel(self.config, PRECISIONS["fp32"])
         load_into(model.diffusion_model, weights, PREFIX)
-        self.graphs = Graphs(precision="fp32", jit_level="O2", device_target="CPU")
+        self.graphs = Graphs(
+            precision="fp32", jit_level="O2", device_target="CPU", cache=cache
+        )
         self.unet = model.diffusion_model
 
     def step(self, size: int) -> tuple[Step, dict[str, float]]:
