@@ -46,6 +46,13 @@ VARIATIONS = (
         label="guidance {}",
         change=lambda scale: {"guidance_scale": scale},
     ),
+    Variation(
+        name="crop_left",
+        prompts=("a black square on an orange background", "a red ring on white"),
+        values=(0, 10, 20, 30, 40),
+        label="crop left {}",
+        change=lambda left: {"crop_left": left},
+    ),
 )
 
 

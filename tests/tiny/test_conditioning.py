@@ -1,5 +1,6 @@
 """Inputs of the small SDXL must move what is drawn the way they say they do."""
 
+import numpy as np
 import pytest
 from asking import BASE, draw, picture
 from judge import judge
@@ -25,6 +26,30 @@ def seen(pixels):
     return [verdict.objects[0] for verdict in verdicts if verdict.objects]
 
 
+def test_the_prompt_decides_color_and_background(pipeline):
+    for color, ground in (("red", "white"), ("blue", "yellow")):
+        pixels = drawn(pipeline, f"a {color} circle on a {ground} background")
+        verdicts = [judge(one) for one in pixels]
+        assert sum(v.background == ground for v in verdicts) >= 7
+        assert sum(found.color == color for found in seen(pixels)) >= 7
+
+
+def test_a_negative_color_becomes_rarer(pipeline):
+    """Of circles that may have any colour, those of the negative prompt's go."""
+    prompt = "a circle on a white background"
+    with_, without = 0, 0
+    for color in ("red", "blue", "black"):
+        without += count(pipeline, prompt, color, None)
+        with_ += count(pipeline, prompt, color, f"a {color} circle")
+    assert without >= 4
+    assert with_ <= without // 2
+
+
+def count(pipeline, prompt, color, negative):
+    pixels = drawn(pipeline, prompt, negative_prompt=negative)
+    return sum(found.color == color for found in seen(pixels))
+
+
 def test_guidance_makes_pictures_do_as_they_are_told(pipeline):
     prompt = "a large yellow heart on a purple background"
     right = {}
@@ -33,3 +58,13 @@ def test_guidance_makes_pictures_do_as_they_are_told(pipeline):
         right[scale] = sum(f.color == "yellow" and f.shape == "heart" for f in found)
     assert right[0.0] <= 2
     assert right[5.0] >= 6
+
+
+def test_a_crop_moves_the_object_by_as_much(pipeline):
+    """The object's centre goes left by the pixels that were cut from the left."""
+    prompt = "a black square on an orange background"
+    places = []
+    for left in (0, 32):
+        found = seen(drawn(pipeline, prompt, crop_left=left))
+        places.append(128 * np.mean([one.x for one in found]))
+    assert 16 < places[0] - places[1] < 48
