@@ -52,7 +52,7 @@ fuzz: $(READY)  ## Feed 100,000 damaged files to every reader (minutes)
 million: $(READY)  ## Run a job of a million tasks without a network (half an hour)
 	$(BIN)/python tests/jobs/million.py --report docs/reliability.md
 
-bench-runner: $(READY)  ## What the runner adds to eight devices' time (a minute)
+bench-runner: $(READY)  ## What the runner adds to eight devices' time (four minutes)
 	$(BIN)/python tests/bench/off_the_clock.py --report docs/runner.md
 
 bench: $(READY)  ## Compare the full-size UNet's step and a whole job with diffusers (`make oracle` first; 24 GB of memory, a quarter of an hour)

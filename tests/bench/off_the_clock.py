@@ -186,7 +186,7 @@ def put_into(path, lines):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--images", type=int, default=160)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=DEVICE_SECONDS)
     parser.add_argument("--most", type=float, default=0.02, help="added, at most")
