@@ -292,39 +292,30 @@ OPERATOR(softmax) {
 typedef struct {
   const float *x;
   float *y;
-  int64_t heads, length, width;
-} Heads;
+  int64_t m, n, width;
+} Swap;
 
-static void split_rows(const void *job, int64_t from, int64_t to) {
-  const Heads h = *(const Heads *)job;
+/* (B, M, N, W) -> (B, N, M, W), a row being what has the same B and N. */
+static void swapped_rows(const void *job, int64_t from, int64_t to) {
+  const Swap s = *(const Swap *)job;
   for (int64_t row = from; row < to; row++) {
-    const float *x = h.x + (row / h.heads * h.length * h.heads + row % h.heads) * h.width;
-    float *y = h.y + row * h.length * h.width;
-    for (int64_t l = 0; l < h.length; l++)
-      memcpy(y + l * h.width, x + l * h.heads * h.width, h.width * sizeof *y);
+    const float *x = s.x + (row / s.n * s.m * s.n + row % s.n) * s.width;
+    float *y = s.y + row * s.m * s.width;
+    for (int64_t i = 0; i < s.m; i++)
+      memcpy(y + i * s.width, x + i * s.n * s.width, s.width * sizeof *y);
   }
 }
 
 /* (B, L, heads * d) -> (B * heads, L, d). */
 OPERATOR(split_heads) {
   int64_t heads = shapes[1][0] / shapes[0][0];
-  Heads job = {arrays[0], arrays[1], heads, shapes[1][1], shapes[1][2]};
-  return deal(split_rows, &job, shapes[1][0]);
-}
-
-static void join_rows(const void *job, int64_t from, int64_t to) {
-  const Heads h = *(const Heads *)job;
-  for (int64_t row = from; row < to; row++) {
-    const float *x = h.x + (row / h.length * h.heads * h.length + row % h.length) * h.width;
-    float *y = h.y + row * h.heads * h.width;
-    for (int64_t i = 0; i < h.heads; i++)
-      memcpy(y + i * h.width, x + i * h.length * h.width, h.width * sizeof *y);
-  }
+  Swap job = {arrays[0], arrays[1], shapes[1][1], heads, shapes[1][2]};
+  return deal(swapped_rows, &job, shapes[1][0]);
 }
 
 /* (B * heads, L, d) -> (B, L, heads * d). */
 OPERATOR(join_heads) {
   int64_t heads = shapes[0][0] / shapes[1][0];
-  Heads job = {arrays[0], arrays[1], heads, shapes[0][1], shapes[0][2]};
-  return deal(join_rows, &job, shapes[1][0] * shapes[1][1]);
+  Swap job = {arrays[0], arrays[1], heads, shapes[0][1], shapes[0][2]};
+  return deal(swapped_rows, &job, shapes[1][0] * shapes[1][1]);
 }

@@ -38,6 +38,7 @@ FLAGS = ("-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math")
 FLAGS += ("-shared", "-fPIC", "-pthread")
 THIS_PROCESSOR = (("-march=native",), ("-mcpu=native",), ())
 COMPILE_SECONDS = 120
+ShapeOf = Callable[..., list[int]]
 log = logging.getLogger("sdxl")
 
 
@@ -68,9 +69,7 @@ def set_threads(count: int) -> None:
         ctypes.CDLL(library()).set_threads(count)
 
 
-def operator(
-    path: str, name: str, shape_of: Callable[..., list[int]] | None = None
-) -> Custom:
+def operator(path: str, name: str, shape_of: ShapeOf | None = None) -> Custom:
     """Return the library's operator `name` on float32 tensors.
 
     `shape_of` gives the output's shape from those of the inputs: the first one's, if it
@@ -101,7 +100,7 @@ def _library() -> Path:
     for path in folder.glob(f"{name}-*.so"):
         if _is_ours(path) and path == _named(name, path):
             return path
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may have been faster
     return _compile(command, folder, name)
 
 

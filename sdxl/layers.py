@@ -108,7 +108,7 @@ class GroupNorm(nn.Cell):
         self.normalize = ops.GroupNormalize(groups, eps, activated=activated)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.normalize(x, self.gamma, self.beta).astype(x.dtype)
+        return self.normalize(x, self.gamma, self.beta)
 
 
 class SiLU(nn.Cell):

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import mindspore as ms
 from mindspore import Tensor, nn
 from mindspore import ops as msops
+from mindspore.ops import Custom
 
 from sdxl import cpu_kernels
 
@@ -84,6 +85,12 @@ def built_in(form: Form) -> Iterator[None]:
         build_in(before)
 
 
+def _own(name: str, shape_of: cpu_kernels.ShapeOf | None = None) -> Custom | None:
+    """Give the form's kernel of our own, if it has any."""
+    library = form().kernels
+    return cpu_kernels.operator(library, name, shape_of) if library else None
+
+
 def silu(x: Tensor) -> Tensor:
     """x * sigmoid(x)."""
     return x * msops.sigmoid(x)
@@ -130,9 +137,7 @@ class GatedGelu(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernel = None
-        if form().kernels:
-            self.kernel = cpu_kernels.operator(form().kernels, "geglu", _half)
+        self.kernel = _own("geglu", lambda x, bias: [*x[:-1], x[-1] // 2])
 
     def construct(self, x: Tensor, bias: Tensor) -> Tensor:
         if self.kernel is not None and x.dtype == ms.float32:
@@ -147,9 +152,7 @@ class LayerNormalize(nn.Cell):
 
     def __init__(self, eps: float) -> None:
         super().__init__()
-        self.kernel = None
-        if form().kernels:
-            self.kernel = cpu_kernels.operator(form().kernels, "layer_norm")
+        self.kernel = _own("layer_norm")
         self.settings = Tensor([eps], ms.float32)
         self.normalize = msops.LayerNorm(-1, -1, eps)
 
@@ -161,9 +164,9 @@ class LayerNormalize(nn.Cell):
 
 
 class GroupNormalize(nn.Cell):
-    """Group norm (Wu and He 2018) in float32, its parameters (C,) given as inputs.
+    """Group norm (Wu and He 2018), its parameters (C,) given as inputs.
 
-    Where `activated`, SiLU of it.
+    Computed in float32, returned as it came; where `activated`, SiLU of that.
     """
 
     def __init__(self, groups: int, eps: float, *, activated: bool = False) -> None:
@@ -172,20 +175,17 @@ class GroupNormalize(nn.Cell):
         self.eps = eps
         self.activated = activated
         self.native = form().group_norm
-        self.kernel = None
-        if form().kernels:
-            name = "group_norm_silu" if activated else "group_norm"
-            self.kernel = cpu_kernels.operator(form().kernels, name)
+        self.kernel = _own("group_norm_silu" if activated else "group_norm")
         self.settings = Tensor([groups, eps], ms.float32)
         self.standardize = msops.BatchNorm(is_training=True, epsilon=eps)
         self.scale = msops.BatchNorm(is_training=False, epsilon=UNIT_EPS)
 
     def construct(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        x = x.astype(ms.float32)
+        wide = x.astype(ms.float32)
         if self.kernel is not None:
-            return self.kernel(x, gamma, beta, self.settings)
+            return self.kernel(wide, gamma, beta, self.settings).astype(x.dtype)
 
-        y = self.plain(x, gamma, beta)
+        y = self.plain(wide, gamma, beta).astype(x.dtype)
         return silu(y) if self.activated else y
 
     def plain(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -214,9 +214,7 @@ class Softmax(nn.Cell):
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.kernel = None
-        if form().kernels:
-            self.kernel = cpu_kernels.operator(form().kernels, "softmax")
+        self.kernel = _own("softmax")
         self.settings = Tensor([scale], ms.float32)
         self.softmax = msops.Softmax(-1)
 
@@ -233,15 +231,8 @@ class Heads(nn.Cell):
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.kernel = None
-        if form().kernels:
-            library = form().kernels
-            self.kernel = cpu_kernels.operator(
-                library, "split_heads", lambda x: [x[0] * heads, x[1], x[2] // heads]
-            )
-            self.joining = cpu_kernels.operator(
-                library, "join_heads", lambda x: [x[0] // heads, x[1], x[2] * heads]
-            )
+        self.kernel = _own("split_heads", lambda x: [x[0] * heads, x[1], x[2] // heads])
+        self.joining = _own("join_heads", lambda x: [x[0] // heads, x[1], x[2] * heads])
 
     def construct(self, x: Tensor) -> Tensor:
         B, L, D = x.shape
@@ -257,7 +248,7 @@ class Heads(nn.Cell):
         n, L, d = x.shape
         if self.heads == 1:
             return x
-        if self.kernel is not None and x.dtype == ms.float32:
+        if self.joining is not None and x.dtype == ms.float32:
             return self.joining(x)
 
         x = x.reshape(n // self.heads, self.heads, L, d).transpose(0, 2, 1, 3)
@@ -338,10 +329,6 @@ class Attention(nn.Cell):
         for i in range(groups):
             out = (*out, self.attend_in_slices(q[i], k[i], v[i], mask))
         return self.split.join(msops.concat(out, 0))
-
-
-def _half(x: list[int], bias: list[int]) -> list[int]:
-    return [*x[:-1], x[-1] // 2]
 
 
 @ms.ops.constexpr
