@@ -3,8 +3,9 @@
 Design: no network and nothing of the drawing code: the palette and the outlines are
 stated anew here, so that drawer and judge can disagree. The background is the border's
 median; what differs from it falls into connected parts; a part's colour is the nearest
-of the palette, its shape the outline with which its mask, stretched to a square,
-overlaps best.
+of the palette, its shape the outline with which its mask overlaps best. Both are first
+laid on their centroid and stretched to one spread along each axis: by their bounding
+boxes, a diamond whose tips have faded would be a circle.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 BORDER = 3  # pixels of the frame that show the background
 CONTRAST = 45.0  # distance in RGB from which a pixel is not background
 LEAST_AREA = 40  # pixels; smaller parts are specks
-GRID = 48
+GRID = 64
+REACH = 2.6  # standard deviations from the centroid that a mask is looked at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,10 +122,9 @@ def _parts(mask: np.ndarray) -> list[np.ndarray]:
 def _found(rgb: np.ndarray, part: np.ndarray) -> Found:
     H, W = part.shape
     rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
-    box = part[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return Found(
         color=_color(rgb[_eroded(part)]),
-        shape=_shape(box),
+        shape=_shape(part),
         x=(columns[0] + columns[-1] + 1) / 2 / W,
         y=(rows[0] + rows[-1] + 1) / 2 / H,
         area=int(part.sum()),
@@ -155,27 +156,35 @@ def _color(pixels: np.ndarray) -> str:
     return min(costs, key=costs.__getitem__)
 
 
-def _shape(box: np.ndarray) -> str:
-    """Return the outline that overlaps best with a part cut out by its bounding box."""
-    H, W = box.shape
-    rows = (np.arange(GRID) * H) // GRID
-    columns = (np.arange(GRID) * W) // GRID
-    stretched = box[rows][:, columns]
+def _shape(part: np.ndarray) -> str:
+    """Return the outline that overlaps best with a part."""
+    mask = _normalized(part)
     overlaps = {
-        name: (stretched & outline).sum() / (stretched | outline).sum()
+        name: (mask & outline).sum() / (mask | outline).sum()
         for name, outline in OUTLINES.items()
     }
     return max(overlaps, key=overlaps.__getitem__)
 
 
+def _normalized(mask: np.ndarray) -> np.ndarray:
+    """Lay a mask on its centroid and stretch it to one spread: (GRID, GRID)."""
+    inside, index = [], []
+    for places, length in zip(np.nonzero(mask), mask.shape, strict=True):
+        steps = np.linspace(-REACH, REACH, GRID) * max(places.std(), 0.5)
+        at = np.rint(places.mean() + steps).astype(int)
+        inside.append((at >= 0) & (at < length))
+        index.append(at.clip(0, length - 1))
+    return mask[np.ix_(*index)] & np.logical_and.outer(*inside)
+
+
 def _outlines() -> dict[str, np.ndarray]:
-    """Return each shape as a mask (GRID, GRID) that fills its bounding box."""
-    axis = (np.arange(GRID) + 0.5) / GRID * 2 - 1
+    """Return each shape as a mask (GRID, GRID), laid as parts are."""
+    axis = (np.arange(4 * GRID) + 0.5) / (4 * GRID) * 2 - 1
     x, y = np.meshgrid(axis, axis)
     radius, side = np.hypot(x, y), np.abs(x)
-    return {
+    outlines = {
         "circle": radius < 1,
-        "square": np.ones((GRID, GRID), bool),
+        "square": np.ones_like(x, bool),
         "triangle": side < (y + 1) / 2,
         "diamond": side + np.abs(y) < 1,
         "ring": (radius < 1) & (radius > 0.55),
@@ -183,6 +192,7 @@ def _outlines() -> dict[str, np.ndarray]:
         "star": _star(x, y),
         "heart": _heart(x, y),
     }
+    return {name: _normalized(mask) for name, mask in outlines.items()}
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
