@@ -14,6 +14,7 @@
 #include <math.h>
 #include <pthread.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define MOST_THREADS 256
@@ -319,3 +320,178 @@ OPERATOR(join_heads) {
   Swap job = {arrays[0], arrays[1], heads, shapes[0][1], shapes[0][2]};
   return deal(swapped_rows, &job, shapes[1][0] * shapes[1][1]);
 }
+
+/* Convolution ---------------------------------------------------------------------- */
+
+#if defined(__AVX512F__)
+#define WIDE 16
+#elif defined(__AVX__)
+#define WIDE 8
+#else
+#define WIDE 4
+#endif
+#define MAPS 8    /* of the output are summed at a time, in registers, */
+#define VECTORS 2 /* at so many vectors of places */
+#define DEPTH 64
+#define UNIT_BYTES (1 << 20)
+#define LEAST_BAND 4
+
+typedef float Vector __attribute__((vector_size(4 * WIDE), aligned(4)));
+
+/* The work is units times blocks of MAPS maps. A unit is a band of an image's rows or,
+   of small images, some whole ones; it is copied with a rim of zeros. `at` tells where
+   in a padded band the vectors of places begin. */
+typedef struct {
+  const float *x, *weight, *bias, *added;
+  float *y;
+  int64_t images, channels, maps, height, width;
+  int64_t bias_step; /* from an image's to the next one's; 0 if they share it */
+  int64_t band, bands, together, blocks;
+  int64_t pitch, plane, sums_plane, vectors, *at;
+  _Atomic int *failed;
+} Convolution;
+
+/* Add the sums of a few channels' taps at one or some vectors of places. */
+static inline __attribute__((always_inline)) void
+sum_block(const Convolution *c, const float *x, const float *weight,
+          int64_t channels, const int64_t *at, int vectors, float *sums) {
+  int64_t step = c->channels * 9, pitch = c->pitch, plane = c->plane;
+  Vector sum[MAPS][VECTORS];
+  for (int o = 0; o < MAPS; o++)
+    for (int v = 0; v < vectors; v++) sum[o][v] = (Vector){0};
+  for (int64_t i = 0; i < channels; i++, x += plane)
+    for (int row = 0; row < 3; row++)
+      for (int column = 0; column < 3; column++, weight++) {
+        Vector seen[VECTORS];
+        for (int v = 0; v < vectors; v++)
+          seen[v] = *(const Vector *)(x + row * pitch + column + at[v]);
+        for (int o = 0; o < MAPS; o++)
+          for (int v = 0; v < vectors; v++) sum[o][v] += seen[v] * weight[o * step];
+      }
+  for (int o = 0; o < MAPS; o++)
+    for (int v = 0; v < vectors; v++)
+      *(Vector *)(sums + o * c->sums_plane + at[v]) += sum[o][v];
+}
+
+/* Sum over channels and taps (C, 3, 3) for MAPS maps of a padded band: DEPTH channels
+   after DEPTH channels, whose weights stay in the cache and whose sums round less. */
+static void sum_taps(const Convolution *c, const float *x, const float *weight,
+                     float *sums) {
+  memset(sums, 0, MAPS * c->sums_plane * sizeof *sums);
+  for (int64_t from = 0; from < c->channels; from += DEPTH) {
+    int64_t to = from + DEPTH < c->channels ? from + DEPTH : c->channels;
+    const float *here = x + from * c->plane, *taps = weight + from * 9;
+    int64_t n = 0;
+    for (; n + VECTORS <= c->vectors; n += VECTORS)
+      sum_block(c, here, taps, to - from, c->at + n, VECTORS, sums);
+    for (; n < c->vectors; n++) sum_block(c, here, taps, to - from, c->at + n, 1, sums);
+  }
+}
+
+static void pad(const Convolution *c, int64_t image, int64_t top, float *padded) {
+  for (int64_t i = 0; i < c->channels; i++)
+    for (int64_t row = top - 1; row <= top + c->band; row++, padded += c->pitch) {
+      memset(padded, 0, c->pitch * sizeof *padded);
+      if (row < 0 || row >= c->height) continue;
+      int64_t at = ((image * c->channels + i) * c->height + row) * c->width;
+      memcpy(padded + 1, c->x + at, c->width * sizeof *padded);
+    }
+}
+
+/* Write the maps of a block and a band: the sums, their bias and what is added. */
+static void put(const Convolution *c, int64_t image, int64_t top, int64_t block,
+                const float *sums) {
+  int64_t bottom = top + c->band < c->height ? top + c->band : c->height;
+  for (int64_t map = block * MAPS; map < (block + 1) * MAPS && map < c->maps; map++) {
+    float bias = c->bias[image * c->bias_step + map];
+    for (int64_t row = top; row < bottom; row++) {
+      int64_t at = ((image * c->maps + map) * c->height + row) * c->width;
+      const float *sum = sums + map % MAPS * c->sums_plane + (row - top) * c->pitch;
+      float *restrict y = c->y + at;
+      if (c->added)
+        for (int64_t i = 0; i < c->width; i++) y[i] = sum[i] + bias + c->added[at + i];
+      else
+        for (int64_t i = 0; i < c->width; i++) y[i] = sum[i] + bias;
+    }
+  }
+}
+
+static void convolved(const void *job, int64_t from, int64_t to) {
+  const Convolution *c = job;
+  int64_t size = c->channels * c->plane, taps = c->channels * 9;
+  float *padded = malloc((c->together * size + 2 * WIDE) * sizeof *padded);
+  float *sums = malloc(MAPS * c->sums_plane * sizeof *sums);
+  float *rest = calloc(MAPS * taps, sizeof *rest); /* a last block of fewer maps */
+  if (!padded || !sums || !rest) *c->failed = 1;
+  for (int64_t task = from, unit = -1; task < to && !*c->failed; task++) {
+    int64_t block = task % c->blocks, left = c->maps - block * MAPS;
+    int64_t first = task / c->blocks / c->bands * c->together;
+    int64_t top = task / c->blocks % c->bands * c->band;
+    int64_t n = c->images - first < c->together ? c->images - first : c->together;
+    if (unit != task / c->blocks)
+      for (int64_t i = 0; i < n; i++) pad(c, first + i, top, padded + i * size);
+    unit = task / c->blocks;
+    const float *weight = c->weight + block * MAPS * taps;
+    if (left < MAPS) weight = memcpy(rest, weight, left * taps * sizeof *rest);
+    for (int64_t i = 0; i < n; i++) {
+      sum_taps(c, padded + i * size, weight, sums);
+      put(c, first + i, top, block, sums);
+    }
+  }
+  free(padded);
+  free(sums);
+  free(rest);
+}
+
+/* Part the work, so that a padded unit stays in a core's cache. */
+static void part(Convolution *c) {
+  int64_t row = c->channels * (c->width + 2) * (int64_t)sizeof(float);
+  int64_t band = UNIT_BYTES / row - 2;
+  if (band < LEAST_BAND) band = LEAST_BAND;
+  c->bands = (c->height + band - 1) / band;
+  c->band = (c->height + c->bands - 1) / c->bands;
+  c->together = c->bands > 1 ? 1 : UNIT_BYTES / (row * (c->band + 2));
+  if (c->together < 1) c->together = 1;
+  int64_t units = (c->images + c->together - 1) / c->together;
+  c->together = (c->images + units - 1) / units;
+  c->blocks = (c->maps + MAPS - 1) / MAPS;
+  c->pitch = c->width + 2;
+  c->plane = (c->band + 2) * c->pitch;
+  c->sums_plane = c->band * c->pitch + WIDE;
+}
+
+/* Begin a vector at every WIDE columns of a row or, where rows are no multiple of it,
+   at every WIDE places of the padded band: some lie on the rim, for nothing. */
+static void place(Convolution *c) {
+  int64_t n = 0, aligned = c->width % WIDE == 0;
+  int64_t places = aligned ? c->band * c->width : c->band * c->pitch - 2;
+  for (int64_t i = 0; i < places; i += WIDE)
+    c->at[n++] = aligned ? i / c->width * c->pitch + i % c->width : i;
+  c->vectors = n;
+}
+
+static int convolve_of(void **arrays, const int *ranks, int64_t **shapes, int adds) {
+  const int64_t *x = shapes[0];
+  _Atomic int failed = 0;
+  Convolution c = {.x = arrays[0], .weight = arrays[1], .bias = arrays[2]};
+  c.added = adds ? arrays[3] : 0;
+  c.y = arrays[3 + adds];
+  c.images = x[0], c.channels = x[1], c.height = x[2], c.width = x[3];
+  c.maps = shapes[1][0];
+  c.bias_step = product(shapes[2], ranks[2]) == c.maps ? 0 : c.maps;
+  c.failed = &failed;
+  part(&c);
+  c.at = malloc((c.sums_plane / WIDE + 1) * sizeof *c.at);
+  if (!c.at) return 1;
+  place(&c);
+  int64_t units = (c.images + c.together - 1) / c.together * c.bands;
+  deal(convolved, &c, units * c.blocks);
+  free(c.at);
+  return failed;
+}
+
+/* (B, C, H, W), weight (O, C, 3, 3), bias (O) or (B, O) -> (B, O, H, W), rim of 0. */
+OPERATOR(convolve) { return convolve_of(arrays, ranks, shapes, 0); }
+
+/* The same, and (B, O, H, W) added to it. */
+OPERATOR(convolve_add) { return convolve_of(arrays, ranks, shapes, 1); }

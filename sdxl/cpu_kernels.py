@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_suffix(".c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math")
-FLAGS += ("-shared", "-fPIC", "-pthread")
+FLAGS += ("-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
 THIS_PROCESSOR = (("-march=native",), ("-mcpu=native",), ())
 COMPILE_SECONDS = 120
 ShapeOf = Callable[..., list[int]]

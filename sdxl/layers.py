@@ -41,6 +41,8 @@ class Conv2d(nn.Cell):
     """Convolution with bias over (B, C, H, W); weight (C_out, C_in, kernel, kernel).
 
     `padding` is one number for the four sides, or (top, bottom, left, right) of zeros.
+    What follows many a convolution can be given to it: `shift` (B, C_out), added to
+    whole maps, and `added`, of the output's shape.
     """
 
     def __init__(
@@ -57,13 +59,14 @@ class Conv2d(nn.Cell):
         shape = (channels_out, channels_in, kernel, kernel)
         self.weight = empty(shape, dtype, "weight")
         self.bias = empty((channels_out,), dtype, "bias")
-        self.convolve = msops.Conv2D(
-            channels_out, kernel, pad_mode="pad", pad=padding, stride=stride
+        self.convolve = ops.Convolve(
+            channels_out, kernel, stride=stride, padding=padding
         )
-        self.add_bias = msops.BiasAdd()
 
-    def construct(self, x: Tensor) -> Tensor:
-        return self.add_bias(self.convolve(x, self.weight), self.bias)
+    def construct(
+        self, x: Tensor, shift: Tensor | None = None, added: Tensor | None = None
+    ) -> Tensor:
+        return self.convolve(x, self.weight, self.bias, shift, added)
 
 
 class Embedding(nn.Cell):

@@ -132,6 +132,55 @@ def add_per_channel(x: Tensor, offset: Tensor) -> Tensor:
     return y.reshape(B, C, H, W)
 
 
+class Convolve(nn.Cell):
+    """Convolution over (B, C, H, W), its parameters given as inputs.
+
+    Its bias is (C_out,). `shift` (B, C_out) is added to whole maps, `added`, which has
+    the output's shape, to every number. `padding` is that of `layers.Conv2d`.
+    """
+
+    def __init__(
+        self,
+        channels_out: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: int | tuple[int, int, int, int] = 0,
+    ) -> None:
+        super().__init__()
+        is_ours = (kernel, stride, padding) == (3, 1, 1)
+        self.kernel = _own("convolve", _convolved) if is_ours else None
+        self.adding = _own("convolve_add", _convolved) if is_ours else None
+        self.convolve = msops.Conv2D(
+            channels_out, kernel, pad_mode="pad", pad=padding, stride=stride
+        )
+        self.add_bias = msops.BiasAdd()
+
+    def construct(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shift: Tensor | None = None,
+        added: Tensor | None = None,
+    ) -> Tensor:
+        if self.kernel is not None and x.dtype == ms.float32:
+            if shift is not None:
+                bias = add_row(shift, bias)
+            if added is None:
+                return self.kernel(x, weight, bias)
+            return self.adding(x, weight, bias, added)
+
+        y = self.add_bias(self.convolve(x, weight), bias)
+        if shift is not None:
+            y = add_per_channel(y, shift)
+        return y if added is None else added + y
+
+
+def _convolved(x: list[int], weight: list[int], *others: list[int]) -> list[int]:
+    return [x[0], weight[0], x[2], x[3]]
+
+
 class GatedGelu(nn.Cell):
     """value * gelu(gate), halves of x + bias: (..., 2 W) and (2 W,) -> (..., W)."""
 

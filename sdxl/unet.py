@@ -79,7 +79,7 @@ class TimeEmbed(nn.SequentialCell):
 
 class InputConv(Conv2d):
     def construct(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
-        return self.add_bias(self.convolve(x, self.weight), self.bias)
+        return self.convolve(x, self.weight, self.bias)
 
 
 class Downsample(nn.Cell):
@@ -128,12 +128,10 @@ class ResBlock(nn.Cell):
             self.skip_connection = Conv2d(channels, channels_out, 1, dtype)
 
     def construct(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
-        h = self.in_layers(x)
+        h = self.in_layers[-1](self.in_layers[0](x), self.emb_layers(emb))
 
-        h = ops.add_per_channel(h, self.emb_layers(emb))
-
-        h = self.out_layers(h)
-        return self.skip_connection(x) + h
+        h = self.out_layers[0](h)
+        return self.out_layers[-1](h, None, self.skip_connection(x))
 
 
 class CrossAttention(nn.Cell):

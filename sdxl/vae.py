@@ -34,11 +34,9 @@ class ResnetBlock(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         h = self.conv1(self.norm1(x))
 
-        h = self.conv2(self.norm2(h))
-
         if self.shortcut:
             x = self.nin_shortcut(x)
-        return x + h
+        return self.conv2(self.norm2(h), None, x)
 
 
 class AttnBlock(nn.Cell):

@@ -126,7 +126,72 @@ def test_heads_are_parted_and_joined():
     np.testing.assert_array_equal(run("join_heads", x.shape, apart), x)
 
 
+# Images, channels, maps, height, width: rows that are and are not whole vectors, maps
+# that are no multiple of a block, bands of a large image, small images together, more
+# channels than are summed at a time.
+CONVOLUTIONS = [
+    (1, 1, 1, 1, 1),
+    (2, 3, 5, 2, 3),
+    (3, 4, 9, 7, 24),
+    (1, 5, 16, 40, 17),
+    (9, 80, 8, 8, 8),
+    (2, 130, 12, 16, 32),
+    (1, 40, 4, 130, 96),
+]
+
+
+def convolution(x, weight):
+    """Sum over taps and channels, in float64, with a rim of zeros."""
+    H, W = x.shape[2:]
+    rimmed = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    return sum(
+        np.einsum("bchw,oc->bohw", rimmed[:, :, i : i + H, j : j + W], weight[..., i, j])
+        for i in range(3)
+        for j in range(3)
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", CONVOLUTIONS)
+@pytest.mark.parametrize("name", ["convolve", "convolve_add"])
+def test_convolution_equals_its_definition(name, sizes):
+    images, channels, maps, H, W = sizes
+    x = normals("x", (images, channels, H, W))
+    weight = normals("weight", (maps, channels, 3, 3)) / np.float32(9 * channels) ** 0.5
+    bias = normals("bias", (images, maps))
+    added = normals("added", (images, maps, H, W))
+    also = [added] if name == "convolve_add" else []
+    wanted = convolution(x, weight) + bias[..., None, None] + sum(also)
+
+    found = run(name, wanted.shape, x, weight, bias, *also)
+
+    assert np.abs(found - wanted).max() < 5e-6  # of numbers of deviation 1 to 2
+
+
+@needs_compiler
+def test_images_share_a_bias_or_have_their_own():
+    x, weight = normals("x", (3, 4, 5, 6)), normals("weight", (7, 4, 3, 3))
+    bias = normals("bias", (7,))
+
+    shared = run("convolve", (3, 7, 5, 6), x, weight, bias)
+    own = run("convolve", (3, 7, 5, 6), x, weight, np.tile(bias, (3, 1)))
+
+    np.testing.assert_array_equal(shared, own)
+
+
+@needs_compiler
+def test_a_pixel_reaches_its_neighbours_and_none_else():
+    x, weight = normals("x", (2, 3, 9, 24)), normals("weight", (5, 3, 3, 3))
+    x[1, 2, 4, 0] = np.nan
+
+    found = np.isnan(run("convolve", (2, 5, 9, 24), x, weight, np.zeros(5)))
+
+    assert found[1, :, 3:6, :2].all()
+    assert found.sum() == 5 * 3 * 2
+
+
 OPERATORS = {
+    "convolve": ((5, 9, 6, 7), [(10, 9, 3, 3), (10,)], (5, 10, 6, 7)),
     "geglu": ((11, 64), [(64,)], (11, 32)),
     "layer_norm": ((11, 64), [(64,), (64,), (1,)], (11, 64)),
     "group_norm_silu": ((2, 6, 3, 5), [(6,), (6,), [3, 1e-5]], (2, 6, 3, 5)),
@@ -171,11 +236,12 @@ def test_what_is_not_a_number_stays_that(name):
 @needs_compiler
 def test_the_graph_calls_them_and_equals_the_plain_form():
     """Oracle: the plain form of the same cells, which the golden files hold."""
-    from mindspore import nn
+    import mindspore as ms
+    from mindspore import Tensor, nn
 
     from sdxl import ops
     from sdxl.graphs import Graphs, set_up
-    from sdxl.layers import GroupNorm, LayerNorm
+    from sdxl.layers import Conv2d, GroupNorm, LayerNorm
 
     set_up("CPU")
 
@@ -186,13 +252,16 @@ def test_the_graph_calls_them_and_equals_the_plain_form():
             self.attention = ops.Attention(2, 16)
             self.norm = LayerNorm(32)
             self.group = GroupNorm(9, 3, activated=True)
+            self.convolution = Conv2d(9, 9, 3, ms.float32, padding=1)
+            self.convolution.weight.set_data(Tensor(weight))
             self.norm.gamma.set_data(self.norm.gamma + 1)
             self.group.gamma.set_data(self.group.gamma + 1)
 
         def construct(self, x, bias):
             x = self.norm(self.gate(x, bias))
             x = self.attention(x, x, x)
-            return self.group(x.reshape(2, 9, 8, 4))
+            x = self.group(x.reshape(2, 9, 8, 4))
+            return self.convolution(self.convolution(x), bias[:18].reshape(2, 9), x)
 
     def outcome(form):
         with ops.built_in(form):
@@ -200,6 +269,7 @@ def test_the_graph_calls_them_and_equals_the_plain_form():
             return graphs.run("test", Cell, x, bias)
 
     x, bias = normals("x", (2, 9, 64)), normals("bias", (64,))
+    weight = normals("weight", (9, 9, 3, 3)) / 9
     assert ops.form().kernels
     assert np.abs(outcome(ops.form()) - outcome(ops.CPU)).max() < 1e-5
 
