@@ -145,7 +145,9 @@ def convolution(x, weight):
     H, W = x.shape[2:]
     rimmed = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
     return sum(
-        np.einsum("bchw,oc->bohw", rimmed[:, :, i : i + H, j : j + W], weight[..., i, j])
+        np.einsum(
+            "bchw,oc->bohw", rimmed[:, :, i : i + H, j : j + W], weight[..., i, j]
+        )
         for i in range(3)
         for j in range(3)
     )
