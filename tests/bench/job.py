@@ -1,11 +1,15 @@
 """A whole job against diffusers: the same weights, prompts, seeds and pixels.
 
-    python -m tests.bench.job --prompts 64 --rounds 3
+    python -m tests.bench.job --prompts 64 --rounds 3 [--mindone FOLDER]
 
 Each round runs our job with an empty compile cache, again with the one it left, and
 diffusers' best arrangement in float32, one after the other, each timed from the start
 of its processes to the end of the last. Ratios are taken within a round and their
-median is told with the smallest and largest. The pictures of both sides are compared.
+median is told with the smallest and largest. Pictures of both sides are compared.
+
+With mindone (see `mindone_job` for its folder), the first prompts go through it as well,
+and what is compared is the steady state: seconds per picture of all but its first batch
+against a worker's, divided by the number of workers.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from tests.bench.model import write_model
 ROOT = Path(__file__).parents[2]
 PARTI = ROOT / "tests" / "data" / "parti_prompts.tsv"
 STEPS, SIZE, GUIDANCE = 8, 256, 5.0
-WARM_LIMIT, COLD_LIMIT = 1.10, 1.35
+WARM_LIMIT, COLD_LIMIT, MINDONE_LIMIT = 1.10, 1.35, 0.45
 # Arrangements of diffusers on two cores: processes, threads of each, batch.
 THEIRS = {"2x1": (2, 1, 4), "1x2": (1, 2, 4)}
 
@@ -43,9 +47,12 @@ def main() -> int:
         bench = Bench(Path(room), asked)
         rounds = [bench.round(number) for number in range(asked.rounds)]
         rows = pq.read_table(bench.room / "ours" / "results.parquet").to_pylist()
-        pixels = bench.compare(rows)
-    report = summarize(rounds, asked.prompts)
-    report |= {"pixels": pixels, "stages": stages_of(rows, bench.started)}
+        pixels = bench.compare(rows, "theirs")
+        report = summarize(rounds, asked.prompts)
+        report |= {"pixels": pixels, "stages": stages_of(rows, bench.started)}
+        if asked.mindone:
+            report["mindone"] = steady_of(bench.steady)
+            report["mindone pixels"] = bench.compare(rows, "mindone")
     print(json.dumps(report, indent=2) if asked.json else describe(report))
     return 0 if pixels["largest"] <= 2 else 1
 
@@ -56,6 +63,7 @@ class Bench:
     def __init__(self, room: Path, asked: argparse.Namespace) -> None:
         self.room, self.asked = room, asked
         self.started = 0.0
+        self.steady: list[tuple[float, float]] = []  # s/img, ours and mindone's
         self.model = write_model(asked.model or room / "model")
         self.rows = prompts(asked.prompts)
         (room / "prompts.json").write_text(json.dumps(self.rows))
@@ -70,6 +78,8 @@ class Bench:
         found = {}
         for name in ("cold", "warm"):
             found[name] = self.ours(name)
+        if self.asked.mindone:
+            self.steady.append((self.our_steady(), self.mindone()))
         for name in self.asked.theirs:
             found[name] = self.theirs(name)
         for name, run in found.items():
@@ -112,13 +122,33 @@ class Bench:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         return run_all(commands, environment)
 
-    def compare(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Compare the pictures that the last runs of both sides left."""
+    def our_steady(self) -> float:
+        """Give seconds per picture of the run that has just ended."""
+        rows = pq.read_table(self.room / "ours" / "results.parquet").to_pylist()
+        stages = stages_of(rows, 0)
+        parts = ("text", "denoise", "decode", "write")
+        return sum(stages[name] for name in parts) / self.asked.workers
+
+    def mindone(self) -> float:
+        """Run mindone on the first prompts; give its seconds per picture."""
+        out = self.room / "mindone"
+        out.mkdir(exist_ok=True)
+        words = [sys.executable, "-m", "tests.bench.mindone_job", str(self.model)]
+        words += [str(self.asked.mindone), str(self.room / "prompts.json"), str(out)]
+        words += ["--batch", str(self.asked.batch_size), "--steps", str(STEPS)]
+        words += ["--size", str(SIZE), "--guidance", str(GUIDANCE)]
+        run_all([words], os.environ)
+        return json.loads((out / "steady.json").read_text())["seconds_per_image"]
+
+    def compare(self, rows: list[dict[str, Any]], side: str) -> dict[str, Any]:
+        """Compare the pictures that our last run and that of the other side left."""
         largest, equal = 0, []
         for row in rows:
+            path = self.room / side / f"{row['prompt_id']}.png"
+            if not path.exists():  # mindone makes the first ones only
+                continue
             ours = pixels_of(self.room / "ours" / row["image_path"])
-            theirs = pixels_of(self.room / "theirs" / f"{row['prompt_id']}.png")
-            apart = np.abs(ours - theirs)
+            apart = np.abs(ours - pixels_of(path))
             largest = max(largest, int(apart.max()))
             equal.append(float((apart == 0).mean()))
         return {"pictures": len(equal), "largest": largest, "equal": min(equal)}
@@ -175,6 +205,13 @@ def stages_of(rows: list[dict[str, Any]], started: float) -> dict[str, float]:
     return found | {"before the first": first - started}
 
 
+def steady_of(found: list[tuple[float, float]]) -> dict[str, Any]:
+    """Put the rounds' steady states, ours and mindone's, into one report."""
+    ours, mindone = (spread(list(side)) for side in zip(*found, strict=True))
+    ratio = spread([a / b for a, b in found]) | {"limit": MINDONE_LIMIT}
+    return {"ours": ours, "mindone": mindone, "ratio": ratio}
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {
         "median": statistics.median(values),
@@ -198,6 +235,16 @@ def describe(report: dict[str, Any]) -> str:
             f"ours {name} / diffusers: {_range(ratio, '.3f')}, "
             f"at most {ratio['limit']:.2f} is wanted: {met}"
         )
+    if "mindone" in report:
+        steady, pixels = report["mindone"], report["mindone pixels"]
+        met = "met" if steady["ratio"]["median"] <= MINDONE_LIMIT else "missed"
+        lines.append(
+            f"steady s/img: ours {_range(steady['ours'], '.2f')}, mindone "
+            f"{_range(steady['mindone'], '.2f')}, {pixels['pictures']} pictures at most "
+            f"{pixels['largest']} levels apart; ours / mindone: "
+            f"{_range(steady['ratio'], '.3f')}, "
+            f"at most {MINDONE_LIMIT:.2f} is wanted: {met}"
+        )
     spent = ", ".join(f"{name} {s:.3f}" for name, s in report["stages"].items())
     lines.append(f"a worker's seconds per picture, warm: {spent}")
     pixels = report["pixels"]
@@ -220,6 +267,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--model", type=Path, help="keep the model in this folder")
+    parser.add_argument("--mindone", type=Path, help="its folder: run it as well")
     parser.add_argument("--theirs", nargs="+", choices=THEIRS, default=["2x1"])
     parser.add_argument("--set", action="append", default=[], help="for our job")
     parser.add_argument("--json", action="store_true")

@@ -4,7 +4,8 @@
 
 mindone 0.5.0 calls operators of `mindspore.mint` that have no CPU kernel. They are
 replaced here by those of `mindspore.ops` with the same meaning, before mindone is
-imported; its network is then compiled as one graph. MINDONE is a folder made with
+imported; its network is then compiled as one graph. Its decoder is timed as one graph
+and as mindone's pipeline runs it, operator by operator. MINDONE is a folder made with
 `pip install --no-deps --target MINDONE mindone==0.5.0 transformers==4.57.1
 huggingface-hub==0.36.0 trampoline omegaconf==2.3.0 antlr4-python3-runtime==4.9.3
 tokenizers==0.22.1`: its requirements are not this project's.
@@ -82,6 +83,23 @@ class SiLU(nn.Cell):
         return x * ops.sigmoid(x)
 
 
+class Gelu(nn.Cell):
+    def __init__(self, *_, **__):
+        super().__init__()
+
+    def construct(self, x):
+        return gelu(x)
+
+
+class Embedding(nn.Cell):
+    def __init__(self, rows, width, padding_idx=None, **_):
+        super().__init__()
+        self.weight = parameter((rows, width))
+
+    def construct(self, ids):
+        return ops.gather(self.weight, ids, 0)
+
+
 class Dropout(nn.Cell):
     def __init__(self, *_, **__):
         super().__init__()
@@ -118,21 +136,34 @@ def chunk(x, count, dim=0):
 
 def replace_operators() -> None:
     """Put operators that the CPU has in the place of those it lacks."""
-    layers = (Linear, Conv2d, GroupNorm, LayerNorm, SiLU, Dropout)
-    for layer in layers:
+    for layer in (Linear, Conv2d, GroupNorm, LayerNorm, SiLU, Dropout, Embedding):
         setattr(mint.nn, layer.__name__, layer)
+    mint.nn.GELU = Gelu
     functions = mint.nn.functional
     functions.gelu, functions.interpolate = gelu, interpolate
     functions.silu = lambda x, inplace=False: x * ops.sigmoid(x)
+    functions.linear = lambda x, weight, bias=None: ops.dense(x, weight, bias)
+    functions.sigmoid = mint.sigmoid = ops.sigmoid
+    functions.softmax = mint.softmax = lambda x, dim=-1, dtype=None: ops.softmax(x, dim)
     mint.chunk, mint.cat, mint.concat = chunk, concat, concat
-    mint.softmax = lambda x, dim=-1, dtype=None: ops.softmax(x, dim)
-    functions.softmax = mint.softmax
-    mint.matmul, mint.bmm = ops.matmul, ops.bmm
+    mint.stack = lambda tensors, dim=0: ops.stack(tuple(tensors), dim)
+    mint.matmul, mint.bmm, mint.where = ops.matmul, ops.bmm, ops.where
     mint.sin, mint.cos, mint.exp = ops.sin, ops.cos, ops.exp
-    mint.arange = arange
+    mint.pow, mint.sqrt, mint.tanh = ops.pow, ops.sqrt, ops.tanh
+    mint.add, mint.sub = lambda a, b, alpha=1: a + b, lambda a, b, alpha=1: a - b
+    mint.mul, mint.div = lambda a, b: a * b, lambda a, b: a / b
     mint.baddbmm = lambda i, a, b, beta=1, alpha=1: beta * i + alpha * ops.bmm(a, b)
+    mint.permute = lambda x, axes: ops.transpose(x, tuple(axes))
+    mint.transpose = ops.swapaxes
+    mint.sum = lambda x, dim=None, keepdim=False, **_: x.sum(dim, keepdims=keepdim)
+    mint.argmax = lambda x, dim=None, keepdim=False: Tensor(x.asnumpy().argmax(dim))
+    mint.triu = lambda x, diagonal=0: Tensor(np.triu(x.asnumpy(), diagonal))
+    mint.arange = arange
     mint.zeros = lambda *s, dtype=ms.float32, **_: ops.zeros(sizes(s), dtype)
     mint.ones = lambda *s, dtype=ms.float32, **_: ops.ones(sizes(s), dtype)
+    mint.full = lambda s, v, dtype=ms.float32, **_: ops.full(s, v, dtype=dtype)
+    mint.zeros_like = lambda x, dtype=None, **_: ops.zeros(x.shape, dtype or x.dtype)
+    mint.ones_like = lambda x, dtype=None, **_: ops.ones(x.shape, dtype or x.dtype)
 
 
 def concat(tensors, dim=0):
@@ -166,7 +197,7 @@ def main() -> None:
 
 
 def measure(asked: argparse.Namespace) -> dict[str, float]:
-    """Time a guided step and the decoding of a batch, each as one graph."""
+    """Time a guided step and the decoding of a batch: seconds of each."""
     from mindone.diffusers import AutoencoderKL, UNet2DConditionModel
     from mindone.diffusers.models import activations
 
@@ -187,9 +218,12 @@ def measure(asked: argparse.Namespace) -> dict[str, float]:
     step = Step(unet)
     first, later = timed(step, x, context, vector, numbers)
     decode_first, decode = timed(Decode(vae), x[:n])
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    _, eager = timed(Decode(vae), x[:n])
     return {
         "step": later,
         "decode": decode,
+        "decode, eager": eager,
         "first step": first,
         "first decode": decode_first,
     }
