@@ -7,9 +7,9 @@ diffusers' best arrangement in float32, one after the other, each timed from the
 of its processes to the end of the last. Ratios are taken within a round and their
 median is told with the smallest and largest. Pictures of both sides are compared.
 
-With mindone (see `mindone_job` for its folder), the first prompts go through it as well,
-and what is compared is the steady state: seconds per picture of all but its first batch
-against a worker's, divided by the number of workers.
+With mindone (see `mindone_job` for its folder), the first prompts go through it too,
+and the steady states are compared: its seconds per picture after the first batch, and a
+worker's by the number of workers.
 """
 
 from __future__ import annotations
@@ -240,8 +240,8 @@ def describe(report: dict[str, Any]) -> str:
         met = "met" if steady["ratio"]["median"] <= MINDONE_LIMIT else "missed"
         lines.append(
             f"steady s/img: ours {_range(steady['ours'], '.2f')}, mindone "
-            f"{_range(steady['mindone'], '.2f')}, {pixels['pictures']} pictures at most "
-            f"{pixels['largest']} levels apart; ours / mindone: "
+            f"{_range(steady['mindone'], '.2f')}, {pixels['pictures']} pictures at "
+            f"most {pixels['largest']} levels apart; ours / mindone: "
             f"{_range(steady['ratio'], '.3f')}, "
             f"at most {MINDONE_LIMIT:.2f} is wanted: {met}"
         )
