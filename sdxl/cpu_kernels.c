@@ -323,18 +323,16 @@ OPERATOR(join_heads) {
 
 /* Convolution ---------------------------------------------------------------------- */
 
+/* MAPS of the output are summed at a time, at VECTORS vectors of WIDE places: as many as
+   there are registers for. DEPTH channels are summed before their sum is added. */
 #if defined(__AVX512F__)
-#define WIDE 16
+enum { WIDE = 16, MAPS = 8, VECTORS = 2 };
 #elif defined(__AVX__)
-#define WIDE 8
+enum { WIDE = 8, MAPS = 4, VECTORS = 3 };
 #else
-#define WIDE 4
+enum { WIDE = 4, MAPS = 8, VECTORS = 2 };
 #endif
-#define MAPS 8    /* of the output are summed at a time, in registers, */
-#define VECTORS 2 /* at so many vectors of places */
-#define DEPTH 64
-#define UNIT_BYTES (1 << 20)
-#define LEAST_BAND 4
+enum { DEPTH = 64, UNIT_BYTES = 1 << 20, LEAST_BAND = 4 };
 
 typedef float Vector __attribute__((vector_size(4 * WIDE), aligned(4)));
 
