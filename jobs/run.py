@@ -71,7 +71,9 @@ def _refuse_odd_names(*paths: str | Path | None) -> None:
             raise JobError(f"{path}: the path is not UTF-8") from None
 
 
-def _run(order: Order, pipeline: str, retry: Retry | None, stop: Stop) -> Summary:
+def _run(
+    order: Order, pipeline: str | None, retry: Retry | None, stop: Stop
+) -> Summary:
     _refuse_odd_names(order.manifest, order.output, order.config.model.checkpoint)
     manifest = open_manifest(
         order.manifest, prompt_column=order.prompt_column, id_column=order.id_column
@@ -114,6 +116,7 @@ class _Run:
     run_id: str = field(default_factory=lambda: _new_run_id())
     _invalid: list[Rejected] = field(default_factory=list)
     _invalid_parts: int = 0
+    _workers: list[dict[str, Any]] = field(default_factory=list)
     _last_status: float = 0.0
 
     def execute(self) -> Summary:
@@ -250,14 +253,11 @@ class _Run:
         )
 
     def _write_invalid(self) -> None:
-        if not self._invalid:
+        rejected, self._invalid = self._invalid, []
+        if not rejected or self.retry:  # of a retry: what an earlier run said stands
             return
         names = list(self.manifest.extras)
-        rows = [invalid_row(row, names) | self._provenance() for row in self._invalid]
-        self._invalid.clear()
-        if self.retry:  # what an earlier run said of them stands
-            self._invalid.clear()
-            return
+        rows = [invalid_row(row, names) | self._provenance() for row in rejected]
         self._invalid_parts += 1
         name = f"invalid-{self.run_id}-{self._invalid_parts:06d}"
         self.store.write_part(name, rows, self._schema())
@@ -347,7 +347,7 @@ class _Run:
             self._write_status(workers, "running")
 
     def _write_status(self, workers: list[dict[str, Any]], state: str) -> None:
-        workers = workers or getattr(self, "_workers", [])
+        workers = workers or self._workers
         self.store.write_json(
             self.store.root / "status.json",
             {
