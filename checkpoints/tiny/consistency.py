@@ -2,8 +2,11 @@
 
 Design: the student is the base plus a projection of the guidance's embedding, zero at
 first. It learns to give, from any noise level of a grid of 50, the same picture as its
-own average gives two levels lower, where a guided DDIM step of the base has led: 25
-such steps are what the student has to catch up with. Below that it gives the base's.
+own average gives four levels lower, where a guided DDIM step of the base has led: what
+the student has to catch up with are 13 such steps. Below that it gives the base's.
+
+The base that teaches is the one before calibration, which does at 2 what the calibrated
+one does at 5; the guidance that the student is told is the latter's.
 
 Source: Luo et al. 2023 (latent consistency models); w = guidance - 1.
 """
@@ -17,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from denoising import Model, conditions, load_base, noise_free, noised
+from calibrating import GUIDANCE, LIKE
+from denoising import Model, conditions, load_uncalibrated, noise_free, noised
 from latents import Latents
 from networks import make_unet
 from torch import nn
@@ -25,7 +29,7 @@ from training import LossOf, Stage, load_average, run_stage
 
 GUIDANCE_EMBED_DIM = 256
 GRID = torch.arange(1, 51) * 20 - 1  # timesteps that the sampler starts from
-STRIDE = 2  # levels of the grid that a step of the solver goes down
+STRIDE = 4  # levels of the grid that a step of the solver goes down
 GUIDANCES = (2.0, 8.0)
 SIGMA_DATA, TIME_SCALE, HUBER = 0.5, 10.0, 0.001
 BATCH, PARTS = 32, 2
@@ -81,7 +85,7 @@ def train_lcm(
 ) -> Student:
     """Train (or resume) the stage `lcm`, from the averaged base."""
     torch.manual_seed(4)
-    teacher = load_base(work).eval().requires_grad_(requires_grad=False)
+    teacher = load_uncalibrated(work).eval().requires_grad_(requires_grad=False)
     student = Student()
     student.start_from(teacher)
     target = copy.deepcopy(student).requires_grad_(requires_grad=False)
@@ -156,7 +160,7 @@ def guided_noise(
     pooled: torch.Tensor,
     time_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """Predict the noise in x by the base, guided by w + 1."""
+    """Predict the noise in x as the calibrated base does, guided by w + 1."""
     both = teacher.noise_in(
         torch.cat((x, x)),
         torch.cat((timesteps, timesteps)),
@@ -165,4 +169,5 @@ def guided_noise(
         torch.cat((time_ids, time_ids)),
     )
     without, with_ = both.chunk(2)
-    return without + (w[:, None, None, None] + 1) * (with_ - without)
+    scale = (w[:, None, None, None] + 1) * LIKE / GUIDANCE
+    return without + scale * (with_ - without)

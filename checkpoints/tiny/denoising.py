@@ -13,11 +13,6 @@ A quarter of the pictures are not noised but come out of a step that the model i
 made at a higher noise, guided as pictures are drawn. What guidance has overshot there
 is then in the data, and what is to be predicted is what leads back to the drawing.
 
-In the last part it is not the captioned prediction c that is held to the noise but
-u + 2.5 (c - u), guided from the uncaptioned u. So c learns to stand 2.5 times nearer to
-u, and a guidance of 5, which people give to an SDXL, does what 2 does to a model
-trained as usual: of so small a model, more leaves stains.
-
 Sources: Podell et al. 2023 (SDXL); Hang et al. 2023 (min-SNR); Guttenberg 2023 (offset
 noise), Whitaker 2023 (at several resolutions).
 """
@@ -45,9 +40,8 @@ ZERO_SHARE, EMPTY_SHARE = 0.1, 0.03
 OFFSET = 0.1
 OFFSET_GRIDS = (1, 2, 4)
 THING_WEIGHT, THING_SHARE = 3.0, 0.7  # how much cells of things count, and how long
-CALIBRATION, CALIBRATED_FROM = 2.5, 0.7  # guidance that is to be as none; from when
 GUIDED_SHARE = 0.25
-GUIDED_STRIDE, GUIDANCE = (50, 200), (1.2, 3.2)  # that step's; before calibration
+GUIDED_STRIDE, GUIDANCE = (50, 200), (3.0, 7.0)  # timesteps and scale of that step
 SEEDS_FROM = 40_000_000
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 KEPT = torch.cumprod(1 - BETAS, 0)  # share of the signal's power, alpha-bar
@@ -100,7 +94,7 @@ def train_base(
         rate=rate,
         groups=model.groups(rate),
         threads=PARTS,
-        state_file=work / "base.pt",
+        state_file=base_file(work),
     )
     run_stage(stage, **running)
     return model
@@ -122,10 +116,30 @@ def start_model(work: Path) -> Model:
 
 
 def load_base(work: Path) -> Model:
+    """Return the averaged model that `base` has reached, calibrated if it was."""
+    calibrated = calibrated_file(work)
+    if not calibrated.exists():
+        return load_uncalibrated(work)
+    model = Model()
+    load_average(calibrated, model)
+    return model
+
+
+def load_uncalibrated(work: Path) -> Model:
     """Return the averaged model that the stage `base` has reached."""
     model = Model()
-    load_average(work / "base.pt", model)
+    load_average(base_file(work), model)
     return model
+
+
+def base_file(work: Path) -> Path:
+    """Name the state of the stage `base`."""
+    return work / "base.pt"
+
+
+def calibrated_file(work: Path) -> Path:
+    """Name the state of the stage `calibrate`."""
+    return work / "calibrated.pt"
 
 
 def base_loss(
@@ -145,22 +159,12 @@ def base_loss(
         timesteps = any_timesteps(len(batch.scenes), source)
         noise = offset_noise(batch.latents.shape, source)
         x = noised(batch.latents, noise, timesteps)
-        factor = CALIBRATION if step >= CALIBRATED_FROM * steps else 1.0
         guided = math.ceil(GUIDED_SHARE * len(x))
-        x[:guided] = guided_step(
-            model, batch, noise, timesteps, told, source, guided, factor
-        )
+        x[:guided] = guided_step(model, batch, noise, timesteps, told, source, guided)
         noise = noise_of(x, batch.latents, timesteps)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             found = model.noise_in(x, timesteps, context, pooled, batch.time_ids)
-        found, scales = found.float(), torch.ones(len(x), 1, 1, 1)
-        if factor != 1:
-            scales[pooled.abs().amax(1) > 0] = factor  # not those dropped
-            with torch.no_grad():
-                nothing = torch.zeros_like(context), torch.zeros_like(pooled)
-                without = model.noise_in(x, timesteps, *nothing, batch.time_ids)
-            found = without + scales * (found - without)
-        errors = (found - noise).square() / scales
+        errors = (found.float() - noise).square()
         if step < THING_SHARE * steps:
             errors = errors * thing_weights(batch.latents)
         errors = errors.mean((1, 2, 3))
@@ -196,10 +200,9 @@ def any_timesteps(count: int, source: torch.Generator) -> torch.Tensor:
 
 
 def thing_weights(latents: torch.Tensor) -> torch.Tensor:
-    """Return (B, 1, h, w) of mean 1: more in and beside what is not the background."""
+    """Return (B, 1, h, w) of mean 1: more where latents are not the background's."""
     ground = latents.flatten(2).median(-1).values[..., None, None]
     thing = ((latents - ground).abs().amax(1, keepdim=True) > 0.5).float()
-    thing = nn.functional.max_pool2d(thing, 3, stride=1, padding=1)
     weights = 1 + (THING_WEIGHT - 1) * thing
     return weights / weights.mean()
 
@@ -243,12 +246,9 @@ def guided_step(
     told: tuple[torch.Tensor, torch.Tensor],
     source: torch.Generator,
     count: int,
-    factor: float,
+    guidance: tuple[float, float] = GUIDANCE,
 ) -> torch.Tensor:
-    """Step down to `timesteps` from higher ones, guided, for the first `count`.
-
-    The guidance is drawn from `GUIDANCE`, times `factor`.
-    """
+    """Step down to `timesteps` from higher ones, guided, for the first `count`."""
     stride = torch.randint(*GUIDED_STRIDE, (count,), generator=source)
     low = timesteps[:count]
     high = (low + stride).clamp(max=999)
@@ -263,7 +263,7 @@ def guided_step(
     )
     without, with_ = both.chunk(2)
     scale = torch.rand(count, 1, 1, 1, generator=source)
-    scale = factor * (GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * scale)
+    scale = guidance[0] + (guidance[1] - guidance[0]) * scale
     found = without + scale * (with_ - without)
     return noised(noise_free(x, found, high), found, low)
 

@@ -34,11 +34,11 @@ class Batch:
 def any_view(rng: random.Random, width: int, height: int) -> View:
     """Draw how a scene is seen: mostly plain, else cropped, blurred or reduced."""
     draw = rng.random()
-    if draw < 0.45:
+    if draw < 0.55:
         return View(
             width=width, height=height, canvas_width=width, canvas_height=height
         )
-    if draw < 0.7:
+    if draw < 0.83:
         return View(
             width=width,
             height=height,
@@ -47,7 +47,7 @@ def any_view(rng: random.Random, width: int, height: int) -> View:
             left=rng.choice((0, rng.randint(0, 40))),
             top=rng.choice((0, rng.randint(0, 40))),
         )
-    resolution = rng.uniform(0.12, 0.6) if draw < 0.92 else rng.uniform(1, 8)
+    resolution = rng.uniform(0.2, 0.8) if draw < 0.94 else rng.uniform(1, 8)
     return View(
         width=width,
         height=height,

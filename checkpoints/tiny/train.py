@@ -5,6 +5,7 @@
     python checkpoints/tiny/train.py language --work FOLDER   # what captions say
     python checkpoints/tiny/train.py latents  --work FOLDER   # drawings, encoded
     python checkpoints/tiny/train.py base     --work FOLDER   # denoiser and encoders
+    python checkpoints/tiny/train.py calibrate --work FOLDER  # the base's guidance
     python checkpoints/tiny/train.py lcm      --work FOLDER   # distilled from base
     python checkpoints/tiny/train.py refiner  --work FOLDER   # the last steps
     python checkpoints/tiny/train.py export   --work FOLDER base   # base.safetensors
@@ -23,6 +24,7 @@ from pathlib import Path
 import click
 import torch
 from autoencoder import load_vae, train_decoder, train_vae
+from calibrating import train_calibrated
 from consistency import load_lcm, train_lcm
 from denoising import load_base, train_base
 from language import train_language
@@ -103,6 +105,16 @@ def latents(work: Path, chunks: int) -> None:
 def base(work: Path, steps: int, rate: float, minutes: float | None) -> None:
     """Train the base denoiser together with the text encoders."""
     train_base(work, steps=steps, rate=rate, stop_at=_in(minutes), say=_say)
+
+
+@main.command()
+@_options
+@click.option("--steps", default=1000, show_default=True)
+@click.option("--rate", default=3e-4, show_default=True)
+@click.option("--minutes", type=float, help="Stop after so long (resumable).")
+def calibrate(work: Path, steps: int, rate: float, minutes: float | None) -> None:
+    """Have the base do at a guidance of 5 what it does at 2."""
+    train_calibrated(work, steps=steps, rate=rate, stop_at=_in(minutes), say=_say)
 
 
 @main.command()

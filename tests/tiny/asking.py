@@ -53,13 +53,6 @@ VARIATIONS = (
         label="crop left {}",
         change=lambda left: {"crop_left": left},
     ),
-    Variation(
-        name="original_size",
-        prompts=("a red square on a white background", "a blue star on yellow"),
-        values=(16, 24, 48, 96, 128),
-        label="original {0}x{0}",
-        change=lambda side: {"original_width": side, "original_height": side},
-    ),
 )
 
 

@@ -68,10 +68,10 @@ def systems(prompts: int, others: int) -> list[System]:
         "sampling.guidance_scale=5.0",
         f"model.checkpoint={TINY / 'lcm.safetensors'}",
     )
-    mildly = ("sampling.steps=20", "sampling.guidance_scale=2.5")
+    mildly = ("sampling.steps=20", "sampling.guidance_scale=2.0")
     found = [
         System("EulerEDM 20", prompts, settings=guided),
-        System("guidance 2.5", prompts, settings=mildly),
+        System("guidance 2", prompts, settings=mildly),
     ]
     if (TINY / "refiner.safetensors").exists():
         found.append(System("with refiner 18+2", prompts, settings=refined))

@@ -1,5 +1,6 @@
 """Training must be able to start over: each stage lowers its loss from nothing."""
 
+import copy
 import random
 
 import numpy as np
@@ -106,24 +107,52 @@ def test_language_learns_in_50_steps_and_a_stopped_stage_goes_on_where_it_was(wo
     assert falls(whole)
 
 
-@pytest.mark.slow
-def test_base_learns_in_50_steps(work):
+@pytest.fixture
+def latents(work):
+    """Drawings as latents of an untrained autoencoder."""
     from autoencoder import whiten
-    from denoising import PARTS, Model, base_loss
     from latents import Latents, add_chunks
     from networks import make_vae
-    from training import Stage, run_stage
 
     torch.manual_seed(0)
     add_chunks(work, whiten(make_vae(), pictures=16), 1)
+    return Latents(work)
+
+
+@pytest.mark.slow
+def test_base_learns_in_50_steps(work, latents):
+    from denoising import PARTS, Model, base_loss
+    from training import Stage, run_stage
+
     model = Model()
     stage = Stage(
         model,
-        base_loss(model, Latents(work), STEPS, count=16),
+        base_loss(model, latents, 10_000, count=16),
         steps=STEPS,
         rate=1e-3,
         groups=model.groups(1e-3),
         threads=PARTS,
         state_file=work / "base.pt",
+    )
+    assert falls(run_stage(stage))
+
+
+@pytest.mark.slow
+def test_calibration_nears_the_teacher_in_50_steps(work, latents):
+    """A copy of the teacher is wrong by (c - u) three times over, guided."""
+    from calibrating import PARTS, calibration_loss
+    from denoising import Model
+    from training import Stage, run_stage
+
+    teacher = Model().requires_grad_(requires_grad=False)
+    student = copy.deepcopy(teacher)
+    student.unet.requires_grad_(requires_grad=True)
+    stage = Stage(
+        student,
+        calibration_loss(student, teacher, latents),
+        steps=STEPS,
+        rate=3e-4,
+        threads=PARTS,
+        state_file=work / "calibrated.pt",
     )
     assert falls(run_stage(stage))
