@@ -6,10 +6,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO, TypeVar
 
-from tqdm import tqdm
+import tqdm
 
 from jobs.errors import printable
 
@@ -17,6 +18,14 @@ LINE_SECONDS = 30.0
 Row = TypeVar("Row")
 Shown = TypeVar("Shown", bound="_Bar")
 WINDOW_SECONDS = 120.0
+
+
+class _Tqdm(tqdm.tqdm):
+    """tqdm, quiet about a bar whose making a signal broke off."""
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # of what the bar has not got yet
+            super().__del__()
 
 
 class Progress:
@@ -35,7 +44,7 @@ class Progress:
         self._last_line = time.monotonic()
         self._bar = None
         if self._stream.isatty():
-            self._bar = tqdm(
+            self._bar = _Tqdm(
                 total=total,
                 unit="img",
                 file=self._stream,
@@ -106,7 +115,7 @@ def counted(rows: Iterable[Row], what: str) -> Iterator[Row]:
 
     On a terminal it is a counter that goes away; in a log a line every `LINE_SECONDS`.
     """
-    bar = tqdm(
+    bar = _Tqdm(
         rows,
         desc=printable(what),
         unit=" rows",
@@ -122,7 +131,7 @@ def counted(rows: Iterable[Row], what: str) -> Iterator[Row]:
 
 def tracked(items: Iterable[Row], total: int, what: str) -> Iterator[Row]:
     """Pass items through under a bar that tells the time left; short work has none."""
-    bar = tqdm(
+    bar = _Tqdm(
         items,
         total=total,
         desc=printable(what),
@@ -140,7 +149,7 @@ class _Bar:
     """Show how much is done of how much, and the time left: call it with both."""
 
     def __init__(self, what: str, unit: str, *, scaled: bool = False) -> None:
-        self._bar = tqdm(
+        self._bar = _Tqdm(
             desc=printable(what),
             unit=unit,
             unit_scale=scaled,

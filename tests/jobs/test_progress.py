@@ -1,6 +1,8 @@
 """Progress: a bar on a terminal, plain lines in a log, numbers that can be trusted."""
 
+import gc
 import io
+import sys
 
 import pytest
 
@@ -107,3 +109,18 @@ def test_a_count_of_a_short_reading_says_nothing(capsys):
 )
 def test_durations_read_as_people_say_them(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_bar_whose_making_a_signal_broke_off_says_nothing(monkeypatch):
+    """tqdm's own complains of what it lacks when it is collected."""
+    complaints = []
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tqdm.tqdm._get_free_pos", interrupted)
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(counted(range(3), "rows")))
+    gc.collect()
+    assert complaints == []
