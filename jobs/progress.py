@@ -10,7 +10,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TextIO, TypeVar
 
-import tqdm
+from tqdm import tqdm
 
 from jobs.errors import printable
 
@@ -20,7 +20,7 @@ Shown = TypeVar("Shown", bound="_Bar")
 WINDOW_SECONDS = 120.0
 
 
-class _Tqdm(tqdm.tqdm):
+class _Tqdm(tqdm):
     """tqdm, quiet about a bar whose making a signal broke off."""
 
     def __del__(self) -> None:

@@ -33,7 +33,7 @@ from denoising import (
     noised,
     offset_noise,
 )
-from latents import Batch, Latents
+from latents import Latents
 from training import LossOf, Stage, run_stage
 
 GUIDANCE, LIKE = 5.0, 2.0
@@ -46,7 +46,7 @@ SEEDS_FROM = 70_000_000
 def train_calibrated(
     work: Path, *, steps: int, rate: float = 3e-4, **running: object
 ) -> Model:
-    """Train (or resume) the stage `calibrated`, from the averaged base."""
+    """Train (or resume) the stage `calibrate`, from the averaged base."""
     torch.manual_seed(6)
     teacher = load_uncalibrated(work).requires_grad_(requires_grad=False)
     student = copy.deepcopy(teacher)
@@ -80,8 +80,8 @@ def calibration_loss(student: Model, teacher: Model, data: Latents) -> LossOf:
             x[:n] = guided_step(
                 teacher, batch, noise, timesteps, told, source, n, OWN_GUIDANCE
             )
-            u, c = both(teacher, x, timesteps, batch, *told)
-        found_u, found_c = both(student, x, timesteps, batch, *told)
+            u, c = teacher.both_noises_in(x, timesteps, *told, batch.time_ids)
+        found_u, found_c = student.both_noises_in(x, timesteps, *told, batch.time_ids)
         nearer = u + (LIKE / GUIDANCE) * (c - u)
         guided = found_u + GUIDANCE * (found_c - found_u)
         errors = (found_u - u).square() + (found_c - nearer).square()
@@ -89,22 +89,3 @@ def calibration_loss(student: Model, teacher: Model, data: Latents) -> LossOf:
         return {"loss": (errors.mean((1, 2, 3)) * WEIGHTS[timesteps]).mean()}
 
     return loss_of
-
-
-def both(
-    model: Model,
-    x: torch.Tensor,
-    timesteps: torch.Tensor,
-    batch: Batch,
-    context: torch.Tensor,
-    pooled: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predict the noise in x without a caption and with one, both (B, 4, h, w)."""
-    without, with_ = model.noise_in(
-        torch.cat((x, x)),
-        torch.cat((timesteps, timesteps)),
-        torch.cat((torch.zeros_like(context), context)),
-        torch.cat((torch.zeros_like(pooled), pooled)),
-        torch.cat((batch.time_ids, batch.time_ids)),
-    ).chunk(2)
-    return without, with_

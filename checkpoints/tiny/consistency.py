@@ -161,13 +161,6 @@ def guided_noise(
     time_ids: torch.Tensor,
 ) -> torch.Tensor:
     """Predict the noise in x as the calibrated base does, guided by w + 1."""
-    both = teacher.noise_in(
-        torch.cat((x, x)),
-        torch.cat((timesteps, timesteps)),
-        torch.cat((torch.zeros_like(context), context)),
-        torch.cat((torch.zeros_like(pooled), pooled)),
-        torch.cat((time_ids, time_ids)),
-    )
-    without, with_ = both.chunk(2)
+    without, with_ = teacher.both_noises_in(x, timesteps, context, pooled, time_ids)
     scale = (w[:, None, None, None] + 1) * LIKE / GUIDANCE
     return without + scale * (with_ - without)

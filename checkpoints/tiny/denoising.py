@@ -80,6 +80,24 @@ class Model(nn.Module):
         added = {"text_embeds": pooled, "time_ids": time_ids}
         return self.unet(x, timesteps, context, added_cond_kwargs=added).sample
 
+    def both_noises_in(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        pooled: torch.Tensor,
+        time_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predict the noise without a caption and with it, both (B, 4, h, w)."""
+        without, with_ = self.noise_in(
+            torch.cat((x, x)),
+            torch.cat((timesteps, timesteps)),
+            torch.cat((torch.zeros_like(context), context)),
+            torch.cat((torch.zeros_like(pooled), pooled)),
+            torch.cat((time_ids, time_ids)),
+        ).chunk(2)
+        return without, with_
+
 
 def train_base(
     work: Path, *, steps: int, rate: float = 1e-3, bf16: bool = False, **running: object
@@ -254,14 +272,9 @@ def guided_step(
     high = (low + stride).clamp(max=999)
     x = noised(batch.latents[:count], noise[:count], high)
     context, pooled = told[0][:count], told[1][:count]
-    both = model.noise_in(
-        torch.cat((x, x)),
-        torch.cat((high, high)),
-        torch.cat((torch.zeros_like(context), context)),
-        torch.cat((torch.zeros_like(pooled), pooled)),
-        batch.time_ids[:count].repeat(2, 1),
+    without, with_ = model.both_noises_in(
+        x, high, context, pooled, batch.time_ids[:count]
     )
-    without, with_ = both.chunk(2)
     scale = torch.rand(count, 1, 1, 1, generator=source)
     scale = guidance[0] + (guidance[1] - guidance[0]) * scale
     found = without + scale * (with_ - without)

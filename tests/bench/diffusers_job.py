@@ -14,6 +14,8 @@ import json
 import os
 from pathlib import Path
 
+from tests.bench.measure import add_sampling, timesteps
+
 
 def main() -> None:
     asked = arguments()
@@ -34,10 +36,9 @@ def main() -> None:
 
 def draw(torch, pipeline, rows: list[dict], asked: argparse.Namespace) -> None:
     """Make one batch and write its files."""
-    steps = asked.steps
     images = pipeline(
         prompt=[row["prompt"] for row in rows],
-        timesteps=[999 - -(-999 * i // steps) for i in range(steps)],
+        timesteps=timesteps(asked.steps),
         guidance_scale=asked.guidance,
         width=asked.size,
         height=asked.size,
@@ -53,11 +54,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("prompts", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--share", default="0/1")
-    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    add_sampling(parser)
     return parser.parse_args()
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tests.bench.measure import Run, run_all
+from tests.bench.measure import STEADY, Run, run_all
 from tests.bench.model import write_model
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +138,7 @@ class Bench:
         words += ["--batch", str(self.asked.batch_size), "--steps", str(STEPS)]
         words += ["--size", str(SIZE), "--guidance", str(GUIDANCE)]
         run_all([words], os.environ)
-        return json.loads((out / "steady.json").read_text())["seconds_per_image"]
+        return json.loads((out / STEADY).read_text())["seconds_per_image"]
 
     def compare(self, rows: list[dict[str, Any]], side: str) -> dict[str, Any]:
         """Compare the pictures that our last run and that of the other side left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 SAMPLE_SECONDS = 0.5
+STEADY = "steady.json"  # what mindone's side leaves beside its pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,19 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.seconds:.1f} s, peak {self.peak_bytes / 1e9:.2f} GB"
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add what each side of the job's comparison is asked to draw."""
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--guidance", type=float, default=5.0)
+
+
+def timesteps(steps: int) -> list[int]:
+    """List LegacyDDPMDiscretization's time steps: all sides walk the same levels."""
+    return [999 - -(-999 * i // steps) for i in range(steps)]
 
 
 def run_all(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> Run:

@@ -22,10 +22,8 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from sdxl.noise import NoiseStream
-from tests.bench.measure import bind
+from tests.bench.measure import STEADY, add_sampling, bind, timesteps
 from tests.bench.mindone_parts import gated, replace_operators
-
-STEADY = "steady.json"  # what is left in OUT beside the pictures
 
 
 class Step(nn.Cell):
@@ -88,12 +86,12 @@ def main() -> None:
 
 def draw(pipeline, rows: list[dict], asked: argparse.Namespace) -> None:
     """Make one batch and write its files."""
-    side, steps = asked.size // 8, asked.steps
+    side = asked.size // 8
     shape = (1, 4, side, side)
     noise = [NoiseStream("torch", row["seed"]).draw(shape) for row in rows]
     images = pipeline(
         prompt=[row["prompt"] for row in rows],
-        timesteps=[999 - -(-999 * i // steps) for i in range(steps)],
+        timesteps=timesteps(asked.steps),
         guidance_scale=asked.guidance,
         width=asked.size,
         height=asked.size,
@@ -108,11 +106,8 @@ def arguments() -> argparse.Namespace:
     for name in ("model", "mindone", "prompts", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--count", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    add_sampling(parser)
     return parser.parse_args()
 
 
