@@ -41,7 +41,7 @@ OFFSET = 0.1
 OFFSET_GRIDS = (1, 2, 4)
 THING_WEIGHT, THING_SHARE = 3.0, 0.7  # how much cells of things count, and how long
 GUIDED_SHARE = 0.25
-GUIDED_STRIDE, GUIDANCE = (50, 200), (3.0, 7.0)  # timesteps and scale of that step
+GUIDED_STRIDE, GUIDANCE = (50, 200), (1.2, 3.2)  # timesteps and scale of that step
 SEEDS_FROM = 40_000_000
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 KEPT = torch.cumprod(1 - BETAS, 0)  # share of the signal's power, alpha-bar
@@ -218,9 +218,10 @@ def any_timesteps(count: int, source: torch.Generator) -> torch.Tensor:
 
 
 def thing_weights(latents: torch.Tensor) -> torch.Tensor:
-    """Return (B, 1, h, w) of mean 1: more where latents are not the background's."""
+    """Return (B, 1, h, w) of mean 1: more in and beside what is not the background."""
     ground = latents.flatten(2).median(-1).values[..., None, None]
     thing = ((latents - ground).abs().amax(1, keepdim=True) > 0.5).float()
+    thing = nn.functional.max_pool2d(thing, 3, stride=1, padding=1)
     weights = 1 + (THING_WEIGHT - 1) * thing
     return weights / weights.mean()
 
@@ -264,7 +265,6 @@ def guided_step(
     told: tuple[torch.Tensor, torch.Tensor],
     source: torch.Generator,
     count: int,
-    guidance: tuple[float, float] = GUIDANCE,
 ) -> torch.Tensor:
     """Step down to `timesteps` from higher ones, guided, for the first `count`."""
     stride = torch.randint(*GUIDED_STRIDE, (count,), generator=source)
@@ -276,7 +276,7 @@ def guided_step(
         x, high, context, pooled, batch.time_ids[:count]
     )
     scale = torch.rand(count, 1, 1, 1, generator=source)
-    scale = guidance[0] + (guidance[1] - guidance[0]) * scale
+    scale = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * scale
     found = without + scale * (with_ - without)
     return noised(noise_free(x, found, high), found, low)
 

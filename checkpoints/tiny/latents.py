@@ -34,11 +34,11 @@ class Batch:
 def any_view(rng: random.Random, width: int, height: int) -> View:
     """Draw how a scene is seen: mostly plain, else cropped, blurred or reduced."""
     draw = rng.random()
-    if draw < 0.55:
+    if draw < 0.45:
         return View(
             width=width, height=height, canvas_width=width, canvas_height=height
         )
-    if draw < 0.83:
+    if draw < 0.7:
         return View(
             width=width,
             height=height,
@@ -47,7 +47,7 @@ def any_view(rng: random.Random, width: int, height: int) -> View:
             left=rng.choice((0, rng.randint(0, 40))),
             top=rng.choice((0, rng.randint(0, 40))),
         )
-    resolution = rng.uniform(0.2, 0.8) if draw < 0.94 else rng.uniform(1, 8)
+    resolution = rng.uniform(0.12, 0.6) if draw < 0.92 else rng.uniform(1, 8)
     return View(
         width=width,
         height=height,
@@ -59,15 +59,22 @@ def any_view(rng: random.Random, width: int, height: int) -> View:
 
 @torch.no_grad()
 def add_chunks(
-    work: Path, vae: AutoencoderKL, count: int, say: Callable[[str], None] = print
+    work: Path,
+    vae: AutoencoderKL,
+    count: int,
+    *,
+    hard: bool = False,
+    say: Callable[[str], None] = print,
 ) -> None:
-    """Encode chunks until `work` has `count` of them."""
+    """Encode chunks until `work` has `count` of them; `hard` ones alone, if asked."""
     folder = work / "latents"
     folder.mkdir(exist_ok=True)
-    for index in range(len(list(folder.glob("*.npz"))), count):
+    there = [int(path.stem) for path in folder.glob("*.npz")]
+    first = max(there, default=-1) + 1
+    for index in range(first, first + count - len(there)):
         width, height = ASPECTS[index % len(ASPECTS)]
         rng = random.Random(SEEDS_FROM + index)
-        seeds = [rng.getrandbits(40) for _ in range(CHUNK)]
+        seeds = some_seeds(rng, hard=hard)
         views = [any_view(rng, width, height) for _ in seeds]
         pictures = np.stack(
             [pixels(draw_scene(s), v) for s, v in zip(seeds, views, strict=True)]
@@ -89,6 +96,21 @@ def add_chunks(
         part.replace(part.with_suffix(".npz"))
         if index % 8 == 7:
             say(f"latents {index + 1}/{count} chunks std {latents.std().item():.3f}")
+
+
+def some_seeds(rng: random.Random, *, hard: bool) -> list[int]:
+    """Draw a chunk's seeds; if `hard`, half of pairs and half of patterns."""
+    seeds: list[int] = []
+    while len(seeds) < CHUNK:
+        seed = rng.getrandbits(40)
+        if not hard or is_hard(draw_scene(seed), pair=len(seeds) % 2 == 0):
+            seeds.append(seed)
+    return seeds
+
+
+def is_hard(scene: Scene, *, pair: bool) -> bool:
+    """Tell whether a scene is of the kinds that are learned last: pair, or pattern."""
+    return scene.kind == "two" if pair else scene.things[0].texture is not None
 
 
 class Latents:

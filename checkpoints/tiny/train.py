@@ -92,9 +92,10 @@ def language(work: Path, steps: int) -> None:
 @main.command()
 @_options
 @click.option("--chunks", default=160, show_default=True, help="Of 128 pictures each.")
-def latents(work: Path, chunks: int) -> None:
+@click.option("--hard", is_flag=True, help="Draw patterns and pairs alone.")
+def latents(work: Path, chunks: int, hard: bool) -> None:
     """Draw pictures and encode them; more chunks can be added later."""
-    add_chunks(work, load_vae(work), chunks, say=_say)
+    add_chunks(work, load_vae(work), chunks, hard=hard, say=_say)
 
 
 @main.command()

@@ -2,10 +2,12 @@
 
 Design: no network and nothing of the drawing code: the palette and the outlines are
 stated anew here, so that drawer and judge can disagree. The background is the border's
-median; what differs from it falls into connected parts; a part's colour is the nearest
-of the palette, its shape the outline with which its mask overlaps best. Both are first
-laid on their centroid and stretched to one spread along each axis: by their bounding
-boxes, a diamond whose tips have faded would be a circle.
+median; what differs from it falls into connected parts, of which only what differs by
+some of the part's own contrast is kept, without narrow bridges: a shadow in a ring does
+not fill it, nor does one between two things make them one. A part's colour is the
+nearest of the palette, its shape the outline with which its mask overlaps best. Both
+are first laid on their centroid and stretched to one spread along each axis: by their
+bounding boxes, a diamond whose tips have faded would be a circle.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 BORDER = 3  # pixels of the frame that show the background
 CONTRAST = 45.0  # distance in RGB from which a pixel is not background
+DEPTH = 0.4  # of a part's contrast: a pixel below is shadow; a pattern's marks have 0.5
+BRIDGE = 2  # pixels from either side that things grow together by, where they near
 LEAST_AREA = 40  # pixels; smaller parts are specks
 GRID = 64
 REACH = 2.6  # standard deviations from the centroid that a mask is looked at
@@ -67,8 +71,12 @@ def judge(picture: np.ndarray) -> Verdict:
     border = np.ones((H, W), bool)
     border[BORDER:-BORDER, BORDER:-BORDER] = False
     ground = np.median(rgb[border], axis=0)
-    differs = np.linalg.norm(rgb - ground, axis=-1) > CONTRAST
-    parts = [part for part in _parts(differs) if part.sum() >= LEAST_AREA]
+    contrast = np.linalg.norm(rgb - ground, axis=-1)
+    parts = []
+    for part in _parts(contrast > CONTRAST):
+        depth = DEPTH * np.median(contrast[_eroded(part)])
+        for half in _parts(part & (contrast > depth)):
+            parts += _untied(half)
     parts.sort(key=lambda part: -int(part.sum()))
     found = tuple(_found(rgb, part) for part in parts)
     return Verdict(background=nearest_color(ground), objects=found)
@@ -105,7 +113,7 @@ def sharpness(picture: np.ndarray) -> float:
 
 
 def _parts(mask: np.ndarray) -> list[np.ndarray]:
-    """Split a mask into its 4-connected parts."""
+    """Split a mask into its 4-connected parts, without specks."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
         grown = labels.copy()
@@ -115,8 +123,35 @@ def _parts(mask: np.ndarray) -> list[np.ndarray]:
         grown[:, :-1] = np.maximum(grown[:, :-1], labels[:, 1:])
         grown[~mask] = 0
         if np.array_equal(grown, labels):
-            return [labels == label for label in np.unique(labels[mask])]
+            found, areas = np.unique(labels[mask], return_counts=True)
+            return [labels == label for label in found[areas >= LEAST_AREA]]
         labels = grown
+
+
+def _untied(part: np.ndarray) -> list[np.ndarray]:
+    """Split a part that bridges narrower than twice `BRIDGE` hold together."""
+    core = part
+    for _ in range(BRIDGE):
+        core = core & _by_neighbours(core, np.logical_and)
+    cores = _parts(core)
+    if len(cores) < 2:
+        return [part]
+    for _ in range(BRIDGE):
+        cores = [part & _by_neighbours(core, np.logical_or) for core in cores]
+    return cores
+
+
+def _by_neighbours(mask: np.ndarray, combine: np.ufunc) -> np.ndarray:
+    """Combine each pixel with its four neighbours; beyond the picture is nothing."""
+    wide = np.pad(mask, 1)
+    views = (
+        wide[1:-1, 1:-1],
+        wide[:-2, 1:-1],
+        wide[2:, 1:-1],
+        wide[1:-1, :-2],
+        wide[1:-1, 2:],
+    )
+    return combine.reduce(views)
 
 
 def _found(rgb: np.ndarray, part: np.ndarray) -> Found:
@@ -133,10 +168,7 @@ def _found(rgb: np.ndarray, part: np.ndarray) -> Found:
 
 def _eroded(part: np.ndarray) -> np.ndarray:
     """Drop the rim, where colours mix with the background's, if anything is left."""
-    inner = part.copy()
-    for axis in (0, 1):
-        for shift in (-1, 1):
-            inner &= np.roll(part, shift, axis)
+    inner = _by_neighbours(part, np.logical_and)
     return inner if inner.sum() >= 8 else part
 
 

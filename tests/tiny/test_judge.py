@@ -123,3 +123,38 @@ def test_held_out_combinations_are_a_tenth_and_never_drawn_for_training():
     kept = [draw_scene(seed, held_out=True) for seed in range(300)]
     assert not trained & {scene.combination for scene in kept}
     assert all(isinstance(scene, Scene) and scene.held_out for scene in kept)
+
+
+@pytest.mark.parametrize("ground", ["white", "cyan", "black"])
+def test_a_shadow_in_a_ring_does_not_fill_it(ground):
+    """A third of the way from the background's colour to the ring's."""
+    picture = circle(ground, "red", 40)
+    paint(picture, 64, 22, mixed(ground, "red", 0.33))
+    (found,) = judge(picture).objects
+    assert (found.color, found.shape) == ("red", "ring")
+
+
+def test_things_joined_by_a_bridge_are_two():
+    picture = circle("purple", "orange", 24, x=36)
+    paint(picture, 92, 24, PALETTE["cyan"])
+    picture[62:66, 56:72] = mixed("purple", "orange", 0.8)
+    found = judge(picture).objects
+    assert {one.color for one in found} == {"orange", "cyan"}
+    assert [one.shape for one in found] == ["circle", "circle"]
+
+
+def circle(ground, color, radius, x=64):
+    """Paint a circle at (x, 64) on a plain picture."""
+    picture = np.full((128, 128, 3), PALETTE[ground], np.uint8)
+    paint(picture, x, radius, PALETTE[color])
+    return picture
+
+
+def paint(picture, x, radius, color):
+    down, across = np.mgrid[:128, :128]
+    picture[np.hypot(across - x, down - 64) < radius] = color
+
+
+def mixed(one, other, share):
+    ends = np.array([PALETTE[one], PALETTE[other]], np.float64)
+    return np.rint((1 - share) * ends[0] + share * ends[1]).astype(np.uint8)
