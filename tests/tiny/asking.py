@@ -14,21 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from judge import Found, judge
 
 ROOT = Path(__file__).parents[2]
-BASE = ROOT / "checkpoints" / "tiny" / "base.safetensors"
+TINY = ROOT / "checkpoints" / "tiny"
+BASE = TINY / "base.safetensors"
+REFINER, LCM = TINY / "refiner.safetensors", TINY / "lcm.safetensors"
+REFINED = 0.2  # of the schedule, by the refiner: all that it is trained for
 SIDE, BATCH = 128, 8
+SEEDS = range(8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variation:
-    """An input, the prompts it is shown on, its values; `change` makes a case."""
+    """An input, the prompts it is shown on, its values; `change` makes a case.
+
+    `refined` pictures are the base's and the refiner's.
+    """
 
     name: str
     prompts: tuple[str, ...]
     values: tuple[Any, ...]
     label: str
     change: Callable[[Any], dict[str, Any]]
+    refined: bool = False
 
 
 VARIATIONS = (
@@ -53,6 +62,21 @@ VARIATIONS = (
         label="crop left {}",
         change=lambda left: {"crop_left": left},
     ),
+    Variation(
+        name="original_size",
+        prompts=("a large green cross on a white background", "a blue star on yellow"),
+        values=(128, 96, 64, 40, 24),
+        label="original {0}x{0}",
+        change=lambda side: {"original_width": side, "original_height": side},
+    ),
+    Variation(
+        name="aesthetic_score",
+        prompts=("a large red star on a white background", "a yellow cross on blue"),
+        values=(1.0, 2.5, 4.0, 6.0),
+        label="score {}",
+        change=lambda score: {"aesthetic_score": score},
+        refined=True,
+    ),
 )
 
 
@@ -66,6 +90,13 @@ def picture(prompt: str, seed: int = 0, **changes: Any) -> Any:
     return replace(Case(prompt=prompt, seed=seed, crop_top=0, **sizes), **changes)
 
 
+def load_refined() -> Any:
+    """Load base and refiner, the seam where the refiner's training begins."""
+    from sdxl.two_stage import TwoStage
+
+    return TwoStage.load(BASE, refiner_checkpoint=REFINER, stage2strength=REFINED)
+
+
 def draw(pipeline: Any, pictures: Sequence[Any]) -> list[np.ndarray]:
     """Return (H, W, 3) uint8 pixels of pictures that share size and schedule."""
     pixels: list[np.ndarray] = []
@@ -74,6 +105,17 @@ def draw(pipeline: Any, pictures: Sequence[Any]) -> list[np.ndarray]:
         cond = pipeline.encode(some, BATCH)
         pixels += list(pipeline.decode(pipeline.sample(cond, some, BATCH), BATCH))
     return pixels
+
+
+def drawn(pipeline: Any, prompt: str, **changes: Any) -> list[np.ndarray]:
+    """Draw a prompt with eight seeds."""
+    return draw(pipeline, [picture(prompt, seed, **changes) for seed in SEEDS])
+
+
+def seen(pixels: Sequence[np.ndarray]) -> list[Found]:
+    """Judge pictures; give the largest object of each that has one."""
+    verdicts = [judge(one) for one in pixels]
+    return [verdict.objects[0] for verdict in verdicts if verdict.objects]
 
 
 def figure(pipeline: Any, variation: Variation) -> Any:
@@ -98,10 +140,12 @@ def main() -> None:
 
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline = Pipeline.load(BASE)
+    pipelines = {False: Pipeline.load(BASE), True: load_refined()}
     for variation in VARIATIONS:
         path = folder / f"{variation.name}.png"
-        figure(pipeline, variation).quantize(256).save(path, optimize=True)
+        figure(pipelines[variation.refined], variation).quantize(256).save(
+            path, optimize=True
+        )
         print(path)
 
 

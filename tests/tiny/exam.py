@@ -68,11 +68,7 @@ def systems(prompts: int, others: int) -> list[System]:
         "sampling.guidance_scale=5.0",
         f"model.checkpoint={TINY / 'lcm.safetensors'}",
     )
-    mildly = ("sampling.steps=20", "sampling.guidance_scale=2.0")
-    found = [
-        System("EulerEDM 20", prompts, settings=guided),
-        System("guidance 2", prompts, settings=mildly),
-    ]
+    found = [System("EulerEDM 20", prompts, settings=guided)]
     if (TINY / "refiner.safetensors").exists():
         found.append(System("with refiner 18+2", prompts, settings=refined))
     if (TINY / "lcm.safetensors").exists():
