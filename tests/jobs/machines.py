@@ -74,8 +74,8 @@ HEALTHY = Machine(
     memory_total=64 * GB,
     memory_free=60 * GB,
     output=Folder(path="/data", free=900 * GB, kind="ext4", writable=True),
-    cache=Folder(path="/home/me/.cache", free=90 * GB, kind="ext4", writable=True),
-    current=Folder(path="/home/me", free=900 * GB, kind="ext4", writable=True),
+    cache=Folder(path="/data/cache", free=90 * GB, kind="ext4", writable=True),
+    current=Folder(path="/data/jobs", free=900 * GB, kind="ext4", writable=True),
     temporary=Folder(path="/tmp", free=90 * GB, kind="ext4", writable=True),
 )
 

@@ -114,7 +114,7 @@ TROUBLES = [
     (host.temporary, CPU, "failure", {"temporary": {"writable": False}}, "TMPDIR"),
     (host.temporary, CPU, "warning", {"temporary": {"free": 10**8}}, "0.1 GB"),
     (host.current, CARDS, "failure", {"current": {"writable": False}}, "kernels"),
-    (host.current, CPU, "warning", {"current": {"writable": False}}, "/home/me"),
+    (host.current, CPU, "warning", {"current": {"writable": False}}, "/data/jobs"),
     (host.open_files, CPU, "warning", {"open_files": 256}, "ulimit -n 1024"),
 ]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from asking import BASE, drawn, seen
 from judge import judge, sharpness
+from scenes import OBJECT_COLORS
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +29,9 @@ def test_a_negative_color_becomes_rarer(pipeline):
     prompt = "a circle on a white background"
     free = Counter(found.color for found in seen(drawn(pipeline, prompt)))
     without, with_ = 0, 0
-    for color, count in free.most_common(3):
+    for color in OBJECT_COLORS:
         found = seen(drawn(pipeline, prompt, negative_prompt=f"a {color} circle"))
-        without += count
+        without += free[color]
         with_ += sum(one.color == color for one in found)
     assert without >= 4
     assert with_ <= without // 2
@@ -56,11 +57,13 @@ def test_a_crop_moves_the_object_by_as_much(pipeline):
     assert 16 < places[0] - places[1] < 48
 
 
+@pytest.mark.xfail(strict=True, reason="0.8 is wanted: the model must train on")
 def test_a_small_original_makes_a_soft_picture(pipeline):
     """Enlarged originals are blurred, and edges are what shows it."""
-    prompt = "a large blue square on a white background"
+    prompt = "a red square on a white background"
     sharp = {}
     for side in (24, 128):
         pixels = drawn(pipeline, prompt, original_width=side, original_height=side)
         sharp[side] = np.mean([sharpness(one) for one in pixels])
-    assert sharp[24] < 0.92 * sharp[128]  # seen: 0.89
+    print(f"sharpness at 24 over that at 128: {sharp[24] / sharp[128]:.3f}")
+    assert sharp[24] < 0.8 * sharp[128]

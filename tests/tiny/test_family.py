@@ -17,6 +17,7 @@ def test_the_refiner_draws_what_the_base_began(refined):
     assert sum(right) >= 6
 
 
+@pytest.mark.xfail(strict=True, reason="1.1 is wanted: the refiner must train on")
 def test_a_high_aesthetic_score_makes_sharp_edges(refined):
     """The score stands against the negative one, 2.5: below it, guidance softens."""
     prompt = "a large blue square on a white background"
@@ -24,7 +25,7 @@ def test_a_high_aesthetic_score_makes_sharp_edges(refined):
     for high in (1.0, 6.0):
         pixels = drawn(refined, prompt, aesthetic_score=high)
         sharp[high] = np.mean([sharpness(one) for one in pixels])
-    assert sharp[6.0] > 1.02 * sharp[1.0]  # seen: 1.035
+    assert sharp[6.0] > 1.1 * sharp[1.0]
 
 
 def test_four_steps_of_the_consistency_model_draw_what_is_asked():

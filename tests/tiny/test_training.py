@@ -127,7 +127,7 @@ def test_base_learns_in_50_steps(work, latents):
     model = Model()
     stage = Stage(
         model,
-        base_loss(model, latents, 10_000, count=16),
+        base_loss(model, latents, STEPS, count=16),
         steps=STEPS,
         rate=1e-3,
         groups=model.groups(1e-3),
