@@ -19,6 +19,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import click
@@ -52,6 +54,25 @@ def _say(line: str) -> None:
     click.echo(line, err=True)
 
 
+def _training(*, steps: int, rate: float | None = None) -> Callable:
+    """Give a command the options of training, and them to its function as a stage's."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def command(work: Path, minutes: float | None, **running: object) -> None:
+            work.mkdir(parents=True, exist_ok=True)
+            function(work, stop_at=_in(minutes), say=_say, **running)
+
+        until = "Stop after so long (resumable)."
+        command = click.option("--minutes", type=float, help=until)(command)
+        if rate is not None:
+            command = click.option("--rate", default=rate, show_default=True)(command)
+        command = click.option("--steps", default=steps, show_default=True)(command)
+        return _options(command)
+
+    return add
+
+
 @main.command()
 @_options
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
@@ -61,23 +82,17 @@ def start(work: Path, checkpoint: Path) -> None:
 
 
 @main.command()
-@_options
-@click.option("--steps", default=3000, show_default=True)
-@click.option("--rate", default=1e-3, show_default=True)
-@click.option("--minutes", type=float, help="Stop after so long (resumable).")
-def vae(work: Path, steps: int, rate: float, minutes: float | None) -> None:
+@_training(steps=3000, rate=1e-3)
+def vae(work: Path, **running: object) -> None:
     """Train the autoencoder."""
-    work.mkdir(parents=True, exist_ok=True)
-    train_vae(work, steps=steps, rate=rate, stop_at=_in(minutes), say=_say)
+    train_vae(work, **running)
 
 
 @main.command()
-@_options
-@click.option("--steps", default=3000, show_default=True)
-@click.option("--minutes", type=float, help="Stop after so long (resumable).")
-def decoder(work: Path, steps: int, minutes: float | None) -> None:
+@_training(steps=3000)
+def decoder(work: Path, **running: object) -> None:
     """Train the decoder on, for the same latents."""
-    train_decoder(work, steps=steps, stop_at=_in(minutes), say=_say)
+    train_decoder(work, **running)
 
 
 @main.command()
@@ -99,43 +114,31 @@ def latents(work: Path, chunks: int, hard: bool) -> None:
 
 
 @main.command()
-@_options
-@click.option("--steps", default=8000, show_default=True)
-@click.option("--rate", default=1e-3, show_default=True)
-@click.option("--minutes", type=float, help="Stop after so long (resumable).")
-def base(work: Path, steps: int, rate: float, minutes: float | None) -> None:
+@_training(steps=8000, rate=1e-3)
+def base(work: Path, **running: object) -> None:
     """Train the base denoiser together with the text encoders."""
-    train_base(work, steps=steps, rate=rate, stop_at=_in(minutes), say=_say)
+    train_base(work, **running)
 
 
 @main.command()
-@_options
-@click.option("--steps", default=1000, show_default=True)
-@click.option("--rate", default=3e-4, show_default=True)
-@click.option("--minutes", type=float, help="Stop after so long (resumable).")
-def calibrate(work: Path, steps: int, rate: float, minutes: float | None) -> None:
+@_training(steps=1000, rate=3e-4)
+def calibrate(work: Path, **running: object) -> None:
     """Have the base do at a guidance of 5 what it does at 2."""
-    train_calibrated(work, steps=steps, rate=rate, stop_at=_in(minutes), say=_say)
+    train_calibrated(work, **running)
 
 
 @main.command()
-@_options
-@click.option("--steps", default=2000, show_default=True)
-@click.option("--rate", default=2e-4, show_default=True)
-@click.option("--minutes", type=float, help="Stop after so long (resumable).")
-def lcm(work: Path, steps: int, rate: float, minutes: float | None) -> None:
+@_training(steps=2000, rate=2e-4)
+def lcm(work: Path, **running: object) -> None:
     """Distil the base into the latent consistency model."""
-    train_lcm(work, steps=steps, rate=rate, stop_at=_in(minutes), say=_say)
+    train_lcm(work, **running)
 
 
 @main.command()
-@_options
-@click.option("--steps", default=4000, show_default=True)
-@click.option("--rate", default=1e-3, show_default=True)
-@click.option("--minutes", type=float, help="Stop after so long (resumable).")
-def refiner(work: Path, steps: int, rate: float, minutes: float | None) -> None:
+@_training(steps=4000, rate=1e-3)
+def refiner(work: Path, **running: object) -> None:
     """Train the refiner."""
-    train_refiner(work, steps=steps, rate=rate, stop_at=_in(minutes), say=_say)
+    train_refiner(work, **running)
 
 
 @main.command()
