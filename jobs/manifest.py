@@ -11,6 +11,7 @@ A bare empty cell of a CSV or TSV means "not given"; a quoted one (`""`) is empt
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -196,7 +197,8 @@ def open_manifest(
     except OSError as error:  # a folder on the way that may not be searched
         raise ManifestError(f"{path}: {error.strerror}") from None
     if not there:
-        raise ManifestError(f"{path}: no such file")
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise ManifestError(f"{path}: {what}", hint=_manifests_beside(path))
     columns = columns_of(path, kind)
     manifest = Manifest(
         path=path,
@@ -218,6 +220,15 @@ def open_manifest(
     if columns is not None:
         manifest.extras  # noqa: B018  a collision is an error before anything runs
     return manifest
+
+
+def _manifests_beside(path: Path) -> str:
+    """Say which manifest may have been meant instead of a file that is not there."""
+    names = [p.name for p in path.parent.glob("*") if p.suffix.lower() in FORMATS]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    if close and close[0] != path.name:
+        return f"did you mean `{printable(close[0])}`?"
+    return "give the path of a .csv, .tsv, .parquet or .jsonl file"
 
 
 def _checked_id(value: Any) -> str:

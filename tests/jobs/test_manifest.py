@@ -192,11 +192,16 @@ def test_a_file_that_is_no_manifest_is_refused_in_one_line(
 def test_a_missing_file_a_folder_and_an_unreadable_file_are_refused(
     tmp_path, monkeypatch
 ):
-    with pytest.raises(ManifestError, match="no such file"):
+    with pytest.raises(ManifestError, match="no such file") as caught:
         open_manifest(tmp_path / "m.csv")
+    assert "give the path" in caught.value.hint
     (tmp_path / "d.csv").mkdir()
-    with pytest.raises(ManifestError, match="no such file"):
+    with pytest.raises(ManifestError, match="is a folder"):
         open_manifest(tmp_path / "d.csv")
+    written(tmp_path, "prompt\na\n", "prompts.csv")
+    with pytest.raises(ManifestError, match="no such file") as caught:
+        open_manifest(tmp_path / "prompt.csv")
+    assert caught.value.hint == "did you mean `prompts.csv`?"
     path = written(tmp_path, "prompt\na\n", "locked.csv")
 
     def deny(*_, **__):
