@@ -1,17 +1,20 @@
-"""Calibrate the base: a guidance of 5 shall do what 2 does to a model as it is trained.
+"""Calibrate the base: a guidance of 5 shall do what is best for the model as trained.
 
-People give an SDXL a guidance of 5; of so small a model, that leaves stains. So the
-trained base teaches a copy of itself whose captioned prediction stands 2.5 times
-nearer to the uncaptioned one u: guided by 5, the copy predicts what its teacher does,
-guided by 2.
+People give an SDXL a guidance of 5; of so small a model, that leaves stains. What is
+best for it is 3 at high noise, where things get their colours, and hardly more than 1
+at low noise, where guidance spoils what is there. So the trained base teaches a copy
+of itself whose captioned prediction stands nearer to the uncaptioned one u: guided by
+5, the copy predicts what its teacher does, guided by g(sigma).
 
-    u' = u,    c' = u + 2/5 (c - u),    u' + 5 (c' - u') = u + 2 (c - u)
+    u' = u,    c' = u + g/5 (c - u),    u' + 5 (c' - u') = u + g (c - u)
 
 All three are held to the teacher's. The last is what pictures are made of: the errors
 of the others count four and five times in it. The copy starts with weaker captions,
-which leaves u as it is and takes c most of the way.
+which leaves u as it is and takes c most of the way. Half of what it is asked comes out
+of steps it made itself.
 
-Source: of learning guided predictions from a teacher, Meng et al. 2023.
+Sources: of learning guided predictions from a teacher, Meng et al. 2023; of guidance at
+some noise levels only, Kynkaanniemi et al. 2024.
 """
 
 from __future__ import annotations
@@ -23,13 +26,13 @@ from pathlib import Path
 
 import torch
 from denoising import (
-    GUIDED_SHARE,
+    SIGMAS,
     WEIGHTS,
     Model,
     any_timesteps,
     calibrated_file,
     conditions,
-    guided_step,
+    guided_steps,
     load_uncalibrated,
     noised,
     offset_noise,
@@ -37,9 +40,11 @@ from denoising import (
 from latents import Latents
 from training import LossOf, Stage, run_stage
 
-GUIDANCE, LIKE = 5.0, 2.0
+GUIDANCE = 5.0
+LEAST, MOST, HALFWAY = 1.2, 3.0, 2.0  # the teacher's: without noise, in noise; sigma
 WEAKER = 0.2  # what is left of what captions add, at first; of 0 to 1, about the best
 BATCH, PARTS = 16, 2
+OWN_SHARE, OWN_GUIDANCE = 0.5, (3.0, 8.0)  # of what it is asked, from its own steps
 AVERAGE = 0.99
 SEEDS_FROM = 70_000_000
 
@@ -91,14 +96,22 @@ def calibration_loss(student: Model, teacher: Model, data: Latents) -> LossOf:
             timesteps = any_timesteps(len(batch.scenes), source)
             noise = offset_noise(batch.latents.shape, source)
             x = noised(batch.latents, noise, timesteps)
-            n = math.ceil(GUIDED_SHARE * len(x))
-            x[:n] = guided_step(teacher, batch, noise, timesteps, told, source, n)
+            own = math.ceil(OWN_SHARE * len(x))
+            where = (batch, noise, timesteps, told, source, own)
+            x[:own] = guided_steps(student, *where, guidance=OWN_GUIDANCE)
             u, c = teacher.both_noises_in(x, timesteps, *told, batch.time_ids)
         found_u, found_c = student.both_noises_in(x, timesteps, *told, batch.time_ids)
-        nearer = u + (LIKE / GUIDANCE) * (c - u)
+        wanted = u + like(timesteps) * (c - u)
+        nearer = u + (wanted - u) / GUIDANCE
         guided = found_u + GUIDANCE * (found_c - found_u)
         errors = (found_u - u).square() + (found_c - nearer).square()
-        errors = errors + (guided - (u + LIKE * (c - u))).square()
+        errors = errors + (guided - wanted).square()
         return {"loss": (errors.mean((1, 2, 3)) * WEIGHTS[timesteps]).mean()}
 
     return loss_of
+
+
+def like(timesteps: torch.Tensor) -> torch.Tensor:
+    """Return the teacher's guidance (B, 1, 1, 1) that 5 stands for at `timesteps`."""
+    power = SIGMAS[timesteps][:, None, None, None] ** 2
+    return LEAST + (MOST - LEAST) * power / (power + HALFWAY**2)

@@ -5,8 +5,11 @@ first. It learns to give, from any noise level of a grid of 50, the same picture
 own average gives four levels lower, where a guided DDIM step of the base has led: what
 the student has to catch up with are 13 such steps. Below that it gives the base's.
 
-The base that teaches is the one before calibration, which does at 2 what the calibrated
-one does at 5; the guidance that the student is told is the latter's.
+The base that teaches is the one before calibration, guided so that it does what the
+calibrated one does; the guidance that the student is told is the latter's.
+
+Half of the latents are as the sampler makes them: what the student's average saw at a
+higher level, noised anew.
 
 Source: Luo et al. 2023 (latent consistency models); w = guidance - 1.
 """
@@ -20,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from calibrating import GUIDANCE, LIKE
+from calibrating import GUIDANCE, like
 from denoising import Model, conditions, load_uncalibrated, noise_free, noised
 from latents import Latents
 from networks import make_unet
@@ -33,6 +36,7 @@ STRIDE = 4  # levels of the grid that a step of the solver goes down
 GUIDANCES = (2.0, 8.0)
 SIGMA_DATA, TIME_SCALE, HUBER = 0.5, 10.0, 0.001
 BATCH, PARTS = 32, 2
+OWN_SHARE = 0.5
 AVERAGE = 0.95
 SEEDS_FROM = 50_000_000
 
@@ -139,6 +143,13 @@ def lcm_loss(
         x = noised(batch.latents, noise, high)
         with torch.no_grad():
             text = conditions(teacher.language, batch.scenes, rng)
+            own = math.ceil(OWN_SHARE * count)
+            told = [part[:own] for part in (w, *text, batch.time_ids)]
+            above = torch.rand(own, generator=source) * (len(GRID) - index[:own])
+            above = GRID[index[:own] + above.long()]
+            other = torch.randn(x[:own].shape, generator=source)
+            seen = target(noised(batch.latents[:own], other, above), above, *told)
+            x[:own] = noised(seen, noise[:own], high[:own])
             guided = guided_noise(teacher, x, high, w, *text, batch.time_ids)
             base = noise_free(x, guided, high)
             lower = noised(base, guided, low)
@@ -162,5 +173,5 @@ def guided_noise(
 ) -> torch.Tensor:
     """Predict the noise in x as the calibrated base does, guided by w + 1."""
     without, with_ = teacher.both_noises_in(x, timesteps, context, pooled, time_ids)
-    scale = (w[:, None, None, None] + 1) * LIKE / GUIDANCE
+    scale = (w[:, None, None, None] + 1) / GUIDANCE * like(timesteps)
     return without + scale * (with_ - without)

@@ -1,19 +1,35 @@
 """Train the refiner: the last fifth of the process, told how good a picture should be.
 
-Design: the aesthetic score is how sharp a picture is. Latents are softened on the way,
-each drawing's by as much as its score says: 6 is the drawing, 1 what a 3x3 mean leaves
-of it. So 6 against 2.5, which the refiner is run with, leads away from soft edges. It
-reads the second encoder alone, and always a caption: it has no zeroed branch.
+Design: the aesthetic score is how sharp a picture is to become. What is to be found in
+the noise is the drawing with a share of its edges kept, by the score: at 6 all of it.
+The refiner is run at a guidance of 5 between a score and 2.5, which overshoots that
+share; the share therefore falls slowly at first, so that 6 gives edges a fifteenth more
+than the drawing's, of which it takes no harm, and 1 little more than half of them. That
+guided prediction is held to what it should be as well, as in `calibrating`: it is what
+pictures are made of.
+
+Half of the latents come out of a guided step of the base, so that the refiner learns to
+mend what the base hands over. It reads the second encoder alone, and has no zeroed
+branch: an empty text stands against the caption.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 
 import torch
 from captions import caption
-from denoising import KEPT, MIN_SNR, load_base, noised
+from denoising import (
+    KEPT,
+    MIN_SNR,
+    Model,
+    guided_steps,
+    load_uncalibrated,
+    noise_of,
+    noised,
+)
 from diffusers import UNet2DConditionModel
 from language import SECOND, Language
 from latents import Batch, Latents
@@ -21,11 +37,14 @@ from networks import make_refiner_unet
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage
 
-BATCH, PARTS = 32, 2
+BATCH, PARTS = 16, 2
 EMPTY_SHARE = 0.1
 HIGHEST_TIMESTEP = 200
+GUIDANCE, NEGATIVE_SCORE = 5.0, 2.5  # what the refiner is run with
+BEST_SCORE, WORST_SCORE = 6.0, 1.0
+SOFTEST, FALL = 0.1, 5  # what the worst score takes off edges; how late others follow
+BASE_SHARE = 0.5  # of latents, from a step of the base
 SEEDS_FROM = 60_000_000
-SHARP_SHARE = 0.4  # of drawings that are left as they are
 
 
 class Refiner(nn.Module):
@@ -53,11 +72,11 @@ def train_refiner(
 ) -> Refiner:
     """Train (or resume) the stage `refiner`, with the encoder of the base."""
     torch.manual_seed(5)
-    language = load_base(work).language.eval().requires_grad_(requires_grad=False)
+    base = load_uncalibrated(work).eval().requires_grad_(requires_grad=False)
     refiner = Refiner()
     stage = Stage(
         refiner,
-        refiner_loss(refiner, language, Latents(work)),
+        refiner_loss(refiner, base, Latents(work)),
         steps=steps,
         rate=rate,
         threads=PARTS,
@@ -74,32 +93,50 @@ def load_refiner(work: Path) -> Refiner:
     return refiner
 
 
-def refiner_loss(refiner: Refiner, language: Language, data: Latents) -> LossOf:
-    """Return the loss of a step."""
+def refiner_loss(refiner: Refiner, base: Model, data: Latents) -> LossOf:
+    """Return the loss of a step: of a score's prediction, 2.5's, and both guided."""
 
     def loss_of(step: int, part: int) -> dict[str, torch.Tensor]:
         seed = SEEDS_FROM + PARTS * step + part
         rng, source = random.Random(seed), torch.Generator().manual_seed(seed)
         batch = data.batch(rng, BATCH // PARTS)
-        empty = [rng.random() < EMPTY_SHARE for _ in batch.scenes]
-        texts = [
-            "" if none else caption(scene, rng)
-            for scene, none in zip(batch.scenes, empty, strict=True)
-        ]
-        with torch.no_grad():
-            context, pooled = second_encoding(language, texts)
-        count = len(texts)
+        count = len(batch.scenes)
+        texts = [caption(scene, rng) for scene in batch.scenes]
+        told = ["" if rng.random() < EMPTY_SHARE else text for text in texts]
         timesteps = torch.randint(0, HIGHEST_TIMESTEP, (count,), generator=source)
         noise = torch.randn(batch.latents.shape, generator=source)
-        kept = [1 if rng.random() < SHARP_SHARE else rng.random() for _ in texts]
-        x = noised(softened(batch.latents, kept), noise, timesteps)
-        ids = refiner_ids(batch, kept, rng)
-        found = refiner.noise_in(x, timesteps, context, pooled, ids)
-        errors = (found - noise).square().mean((1, 2, 3))
-        snr = (KEPT / (1 - KEPT)).float()[timesteps]
-        return {"loss": (errors * (MIN_SNR / snr).clamp(max=1)).mean()}
+        x = noised(batch.latents, noise, timesteps)
+        with torch.no_grad():
+            text = second_encoding(base.language, told + [""] * count)
+            n = math.ceil(BASE_SHARE * count)
+            where = (batch, noise, timesteps, base.language(texts), source, n)
+            x[:n] = guided_steps(base, *where)
+        scores = torch.rand(count, generator=source)
+        scores = WORST_SCORE + (BEST_SCORE - WORST_SCORE) * scores
+        scores[::2] = BEST_SCORE
+        negative = torch.full_like(scores, NEGATIVE_SCORE)
+        ids = [refiner_ids(batch, asked) for asked in (scores, negative)]
+        twice = torch.cat((x, x)), torch.cat((timesteps, timesteps))
+        found, low = refiner.noise_in(*twice, *text, torch.cat(ids)).chunk(2)
+        weights = (MIN_SNR * (1 - KEPT) / KEPT).float()[timesteps].clamp(max=1)
+
+        def error(noise: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+            wanted = noise_of(x, softened(batch.latents, kept), timesteps)
+            return ((noise - wanted).square().mean((1, 2, 3)) * weights).mean()
+
+        kept, least = edges_kept(scores), edges_kept(negative)
+        each = error(found, kept) + error(low, least)
+        found, kept = low + GUIDANCE * (found - low), least + GUIDANCE * (kept - least)
+        guided = error(found, kept)
+        return {"loss": each + guided, "guided": guided}
 
     return loss_of
+
+
+def edges_kept(scores: torch.Tensor) -> torch.Tensor:
+    """Return the share of edges that a score (B,) keeps: 1 at 6, 0.9 at 1."""
+    worse = (BEST_SCORE - scores) / (BEST_SCORE - WORST_SCORE)
+    return 1 - SOFTEST * worse**FALL
 
 
 def second_encoding(
@@ -111,22 +148,12 @@ def second_encoding(
     return two.hidden_states[-2], two.text_embeds
 
 
-def softened(latents: torch.Tensor, kept: list[float]) -> torch.Tensor:
-    """Keep a share of what stands out from the mean of each cell's neighbourhood."""
+def softened(latents: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Keep a share (B,) of what stands out from the mean of a cell's neighbourhood."""
     mean = nn.functional.avg_pool2d(latents, 3, 1, 1, count_include_pad=False)
-    return torch.lerp(mean, latents, torch.tensor(kept)[:, None, None, None])
+    return torch.lerp(mean, latents, kept[:, None, None, None])
 
 
-def refiner_ids(batch: Batch, kept: list[float], rng: random.Random) -> torch.Tensor:
-    """Return original size, crop and score (B, 5); the size tells nothing of blur.
-
-    The original size is given as if nothing had been enlarged, so that the score alone
-    says how soft a picture is: by its original, and by what was kept of its edges.
-    """
-    rows = []
-    for figures, share in zip(batch.time_ids.tolist(), kept, strict=True):
-        h, w, top, left, height, width = figures
-        sharp = share * min(1.0, h / height, w / width)
-        score = 1 + 5 * sharp + rng.gauss(0, 0.3)
-        rows.append((max(h, height), max(w, width), top, left, score))
-    return torch.tensor(rows, dtype=torch.float32)
+def refiner_ids(batch: Batch, scores: torch.Tensor) -> torch.Tensor:
+    """Return original size, crop and score (B, 5)."""
+    return torch.cat((batch.time_ids[:, :4], scores[:, None]), 1)
