@@ -12,7 +12,6 @@ import argparse
 import csv
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +146,12 @@ def table(chosen: list[System], pictures: dict[str, list]) -> str:
         sharp[system.name] = np.mean([sharpness(picture) for picture in found])
         if system is chosen[0]:
             columns["shuffled"] = rates(map(score, shuffled(scenes), verdicts))
+    few, first = min(system.prompts for system in chosen), chosen[0]
+    if few < first.prompts:
+        verdicts = [judge(picture) for picture in pictures[first.name][:few]]
+        columns[f"{first.name}, first {few}"] = rates(
+            map(score, held_out(few), verdicts)
+        )
     names = list(columns)
     asked = columns[names[0]]
     lines = ["| right, in % | asked | " + " | ".join(names) + " |"]
@@ -158,9 +163,12 @@ def table(chosen: list[System], pictures: dict[str, list]) -> str:
             lines.append(f"| {point} | " + " | ".join(cells) + " |")
     cells = [f"{sharp[name]:.3f}" if name in sharp else "" for name in names]
     lines.append("| sharpness of edges | | " + " | ".join(cells) + " |")
-    few = Counter(system.prompts for system in chosen)
-    if len(few) > 1:
-        lines += ["", f"The samplers after the first were asked {min(few)} prompts."]
+    if few < first.prompts:
+        asked = columns[names[-1]]["both colors"][1]
+        note = (
+            f"Other samplers were asked the first {few} prompts, {asked} of them pairs;"
+        )
+        lines += ["", note + " the last column holds EulerEDM to the same."]
     return "\n".join(lines)
 
 
