@@ -17,7 +17,6 @@ def test_the_refiner_draws_what_the_base_began(refined):
     assert sum(right) >= 6
 
 
-@pytest.mark.xfail(strict=True, reason="1.1 is wanted: the refiner must train on")
 def test_a_high_aesthetic_score_makes_sharp_edges(refined):
     """The score stands against the negative one, 2.5: below it, guidance softens."""
     prompt = "a large blue square on a white background"
