@@ -7,6 +7,7 @@
     python checkpoints/tiny/train.py base     --work FOLDER   # denoiser and encoders
     python checkpoints/tiny/train.py calibrate --work FOLDER  # the base's guidance
     python checkpoints/tiny/train.py lcm      --work FOLDER   # distilled from base
+    python checkpoints/tiny/train.py carry    --work FOLDER base-then.pt   # next round
     python checkpoints/tiny/train.py refiner  --work FOLDER   # the last steps
     python checkpoints/tiny/train.py export   --work FOLDER base   # base.safetensors
 
@@ -27,6 +28,7 @@ import click
 import torch
 from autoencoder import load_vae, train_decoder, train_vae
 from calibrating import train_calibrated
+from carrying import carry_over
 from consistency import load_lcm, train_lcm
 from denoising import load_base, train_base
 from language import train_language
@@ -123,8 +125,16 @@ def base(work: Path, **running: object) -> None:
 @main.command()
 @_training(steps=1000, rate=3e-4)
 def calibrate(work: Path, **running: object) -> None:
-    """Have the base do at a guidance of 5 what it does at 2."""
+    """Have the base do at a guidance of 5 what is best for it as it was trained."""
     train_calibrated(work, **running)
+
+
+@main.command()
+@_options
+@click.argument("before", type=click.Path(exists=True, path_type=Path))
+def carry(work: Path, before: Path) -> None:
+    """Add what the base learned since BEFORE, a copy of base.pt, to what it taught."""
+    carry_over(work, before)
 
 
 @main.command()

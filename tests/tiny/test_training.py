@@ -72,6 +72,35 @@ def test_captions_name_what_is_drawn():
             assert f"{thing.color} {thing.shape}" in plain
 
 
+def test_what_the_base_learned_is_carried_to_what_was_made_from_it(work):
+    """Oracle: the sums by hand; what the base lacks stays, and a new round begins."""
+    from carrying import carry_over
+    from consistency import Student
+    from denoising import Model, base_file, calibrated_file
+    from training import Stage, load_average
+
+    def saved(nets, path, value):
+        with torch.no_grad():
+            for parameter in nets.parameters():
+                parameter.fill_(value)
+        stage = Stage(nets, None, steps=1, rate=1.0, state_file=path)
+        stage.done = 7
+        stage.save()
+
+    saved(Model(), work / "before.pt", 1.0)
+    saved(Model(), base_file(work), 3.0)
+    saved(Model(), calibrated_file(work), 0.5)
+    saved(Student(), work / "lcm.pt", 0.25)
+    carry_over(work, work / "before.pt")
+    calibrated, lcm = Model(), Student()
+    assert load_average(calibrated_file(work), calibrated) == 0
+    assert load_average(work / "lcm.pt", lcm) == 0
+    assert all((p == 2.5).all() for p in calibrated.parameters())
+    new = lcm.unet.time_embedding.cond_proj.weight
+    assert (new == 0.25).all()
+    assert all((p == 2.25).all() for p in lcm.parameters() if p is not new)
+
+
 @pytest.mark.slow
 def test_autoencoder_learns_in_50_steps(work):
     from autoencoder import vae_loss
