@@ -36,6 +36,7 @@ from jobs.errors import ManifestError, nearest, printable
 from jobs.records import RESULT_COLUMNS, Rejected, Request, hash64
 
 MAX_EXTRAS = 1_000
+PATH_HINT = "give the path of a .csv, .tsv, .parquet or .jsonl file"
 MAX_ID = 512
 PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,512}")
 MAX_PROMPT = 100_000
@@ -186,19 +187,20 @@ def open_manifest(
         ManifestError: missing file, unknown suffix, not what its suffix says, no prompt
             column, a column that would collide with the results.
     """
+    try:
+        there, folder = path.is_file(), path.is_dir()
+    except OSError as error:  # a folder on the way that may not be searched
+        raise ManifestError(f"{path}: {error.strerror}") from None
+    if folder:
+        raise ManifestError(f"{path}: is a folder", hint=PATH_HINT)
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
         raise ManifestError(
             f"{path}: unknown kind of manifest `{path.suffix}`",
             hint="use .csv, .tsv, .parquet or .jsonl",
         )
-    try:
-        there = path.is_file()
-    except OSError as error:  # a folder on the way that may not be searched
-        raise ManifestError(f"{path}: {error.strerror}") from None
     if not there:
-        what = "is a folder" if path.is_dir() else "no such file"
-        raise ManifestError(f"{path}: {what}", hint=_manifests_beside(path))
+        raise ManifestError(f"{path}: no such file", hint=_manifests_beside(path))
     columns = columns_of(path, kind)
     manifest = Manifest(
         path=path,
@@ -226,9 +228,7 @@ def _manifests_beside(path: Path) -> str:
     """Say which manifest may have been meant instead of a file that is not there."""
     names = [p.name for p in path.parent.glob("*") if p.suffix.lower() in FORMATS]
     close = difflib.get_close_matches(path.name, names, n=1)
-    if close and close[0] != path.name:
-        return f"did you mean `{printable(close[0])}`?"
-    return "give the path of a .csv, .tsv, .parquet or .jsonl file"
+    return f"did you mean `{printable(close[0])}`?" if close else PATH_HINT
 
 
 def _checked_id(value: Any) -> str:

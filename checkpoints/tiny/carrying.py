@@ -15,7 +15,7 @@ import torch
 from consistency import Student
 from denoising import Model, calibrated_file, load_uncalibrated
 from torch import nn
-from training import load_average
+from training import load_average, write_state
 
 
 def carry_over(work: Path, before: Path) -> None:
@@ -38,7 +38,7 @@ def carry_over(work: Path, before: Path) -> None:
             state = torch.load(path, weights_only=True)
             average = [p.detach() for p in nets.parameters()]
             state |= {"nets": nets.state_dict(), "average": average, "step": 0}
-            torch.save(state, path)
+            write_state(path, state)
 
 
 @torch.no_grad()

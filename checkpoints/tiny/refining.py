@@ -8,7 +8,7 @@ than the drawing's, of which it takes no harm, and 1 little more than half of th
 guided prediction is held to what it should be as well, as in `calibrating`: it is what
 pictures are made of.
 
-Half of the latents come out of a guided step of the base, so that the refiner learns to
+Half of the latents come out of guided steps of the base, so that the refiner learns to
 mend what the base hands over. It reads the second encoder alone, and has no zeroed
 branch: an empty text stands against the caption.
 """
@@ -43,7 +43,7 @@ HIGHEST_TIMESTEP = 200
 GUIDANCE, NEGATIVE_SCORE = 5.0, 2.5  # what the refiner is run with
 BEST_SCORE, WORST_SCORE = 6.0, 1.0
 SOFTEST, FALL = 0.1, 5  # what the worst score takes off edges; how late others follow
-BASE_SHARE = 0.5  # of latents, from a step of the base
+BASE_SHARE = 0.5  # of latents, from steps of the base
 SEEDS_FROM = 60_000_000
 
 

@@ -98,9 +98,7 @@ class Stage:
             "optimizer": self.optimizer.state_dict(),
             "step": self.done,
         }
-        part = self.state_file.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.state_file)
+        write_state(self.state_file, state)
 
     def _step(self) -> dict[str, float]:
         factor = rate_factor(self.done, self.steps)
@@ -164,6 +162,13 @@ def rate_factor(step: int, steps: int, warmup: int = 100) -> float:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
     return 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def write_state(path: Path, state: dict[str, object]) -> None:
+    """Replace a stage's file whole."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
 
 
 def load_average(path: Path, nets: nn.Module) -> int:

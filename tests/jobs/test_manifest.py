@@ -198,6 +198,8 @@ def test_a_missing_file_a_folder_and_an_unreadable_file_are_refused(
     (tmp_path / "d.csv").mkdir()
     with pytest.raises(ManifestError, match="is a folder"):
         open_manifest(tmp_path / "d.csv")
+    with pytest.raises(ManifestError, match="is a folder"):
+        open_manifest(tmp_path)
     written(tmp_path, "prompt\na\n", "prompts.csv")
     with pytest.raises(ManifestError, match="no such file") as caught:
         open_manifest(tmp_path / "prompt.csv")

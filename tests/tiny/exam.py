@@ -138,20 +138,18 @@ def shuffled(scenes: list[Scene]) -> list[Scene]:
 
 def table(chosen: list[System], pictures: dict[str, list]) -> str:
     """Write the figures as Markdown."""
-    columns, sharp = {}, {}
+    columns, scores, sharp = {}, {}, {}
     for system in chosen:
         scenes, found = held_out(system.prompts), pictures[system.name]
         verdicts = [judge(picture) for picture in found]
-        columns[system.name] = rates(map(score, scenes, verdicts))
+        scores[system.name] = list(map(score, scenes, verdicts))
+        columns[system.name] = rates(scores[system.name])
         sharp[system.name] = np.mean([sharpness(picture) for picture in found])
         if system is chosen[0]:
             columns["shuffled"] = rates(map(score, shuffled(scenes), verdicts))
     few, first = min(system.prompts for system in chosen), chosen[0]
     if few < first.prompts:
-        verdicts = [judge(picture) for picture in pictures[first.name][:few]]
-        columns[f"{first.name}, first {few}"] = rates(
-            map(score, held_out(few), verdicts)
-        )
+        columns[f"{first.name}, first {few}"] = rates(scores[first.name][:few])
     names = list(columns)
     asked = columns[names[0]]
     lines = ["| right, in % | asked | " + " | ".join(names) + " |"]
@@ -164,9 +162,9 @@ def table(chosen: list[System], pictures: dict[str, list]) -> str:
     cells = [f"{sharp[name]:.3f}" if name in sharp else "" for name in names]
     lines.append("| sharpness of edges | | " + " | ".join(cells) + " |")
     if few < first.prompts:
-        asked = columns[names[-1]]["both colors"][1]
+        pairs = columns[names[-1]]["both colors"][1]
         note = (
-            f"Other samplers were asked the first {few} prompts, {asked} of them pairs;"
+            f"Other samplers were asked the first {few} prompts, {pairs} of them pairs;"
         )
         lines += ["", note + " the last column holds EulerEDM to the same."]
     return "\n".join(lines)
