@@ -1,17 +1,21 @@
 """Calibrate the base: a guidance of 5 shall do what is best for the model as trained.
 
 People give an SDXL a guidance of 5; of so small a model, that leaves stains. What is
-best for it is 3 at high noise, where things get their colours, and hardly more than 1
-at low noise, where guidance spoils what is there. So the trained base teaches a copy
+best for it is 3.6 at high noise, where things get their colours, and 1.4 at low noise,
+where guidance spoils what is there. So the trained base teaches a copy
 of itself whose captioned prediction stands nearer to the uncaptioned one u: guided by
 5, the copy predicts what its teacher does, guided by g(sigma).
 
     u' = u,    c' = u + g/5 (c - u),    u' + 5 (c' - u') = u + g (c - u)
 
 All three are held to the teacher's. The last is what pictures are made of: the errors
-of the others count four and five times in it. The copy starts with weaker captions,
-which leaves u as it is and takes c most of the way. Half of what it is asked comes out
-of steps it made itself.
+of the others count four and five times in it. What is wrong with it over several cells
+at once counts more: it is what turns one colour into its neighbour. The copy starts
+with weaker captions, which leaves u as it is and takes c most of the way.
+
+What it is asked are pictures on its own way from noise to the end, each at another
+place of it: the prediction that is held to the teacher's is also the next step of the
+way (as DAgger has it: Ross et al. 2011).
 
 Sources: of learning guided predictions from a teacher, Meng et al. 2023; of guidance at
 some noise levels only, Kynkaanniemi et al. 2024.
@@ -20,7 +24,6 @@ some noise levels only, Kynkaanniemi et al. 2024.
 from __future__ import annotations
 
 import copy
-import math
 import random
 from pathlib import Path
 
@@ -29,24 +32,21 @@ from denoising import (
     SIGMAS,
     WEIGHTS,
     Model,
-    any_timesteps,
     calibrated_file,
-    conditions,
-    guided_steps,
     load_uncalibrated,
-    noised,
-    offset_noise,
 )
 from latents import Latents
+from rollouts import Rollouts
+from torch import nn
 from training import LossOf, Stage, run_stage
 
 GUIDANCE = 5.0
-LEAST, MOST, HALFWAY = 1.2, 3.0, 2.0  # the teacher's: without noise, in noise; sigma
+LEAST, MOST, HALFWAY = 1.4, 3.6, 2.0  # the teacher's: without noise, in noise; sigma
 WEAKER = 0.2  # what is left of what captions add, at first; of 0 to 1, about the best
 BATCH, PARTS = 16, 2
-OWN_SHARE, OWN_GUIDANCE = 0.5, (3.0, 8.0)  # of what it is asked, from its own steps
+STAIN, STAIN_WEIGHT = 4, 8.0  # cells a side of what is wrong in one piece; its weight
 AVERAGE = 0.99
-SEEDS_FROM = 70_000_000
+SEEDS_FROM = 72_000_000
 
 
 def train_calibrated(
@@ -86,27 +86,26 @@ def weaken_captions(model: Model) -> None:
 
 def calibration_loss(student: Model, teacher: Model, data: Latents) -> LossOf:
     """Return the loss of a step."""
+    rollouts = [Rollouts(data, teacher.language, BATCH // PARTS) for _ in range(PARTS)]
 
     def loss_of(step: int, part: int) -> dict[str, torch.Tensor]:
         seed = SEEDS_FROM + PARTS * step + part
         rng, source = random.Random(seed), torch.Generator().manual_seed(seed)
-        batch = data.batch(rng, BATCH // PARTS)
+        on = rollouts[part].next(rng, source)
+        asked = (on.x, on.timesteps, on.context, on.pooled, on.time_ids)
         with torch.no_grad():
-            told = conditions(teacher.language, batch.scenes, rng)
-            timesteps = any_timesteps(len(batch.scenes), source)
-            noise = offset_noise(batch.latents.shape, source)
-            x = noised(batch.latents, noise, timesteps)
-            own = math.ceil(OWN_SHARE * len(x))
-            where = (batch, noise, timesteps, told, source, own)
-            x[:own] = guided_steps(student, *where, guidance=OWN_GUIDANCE)
-            u, c = teacher.both_noises_in(x, timesteps, *told, batch.time_ids)
-        found_u, found_c = student.both_noises_in(x, timesteps, *told, batch.time_ids)
-        wanted = u + like(timesteps) * (c - u)
+            u, c = teacher.both_noises_in(*asked)
+        found_u, found_c = student.both_noises_in(*asked)
+        wanted = u + like(on.timesteps) * (c - u)
         nearer = u + (wanted - u) / GUIDANCE
         guided = found_u + GUIDANCE * (found_c - found_u)
-        errors = (found_u - u).square() + (found_c - nearer).square()
-        errors = errors + (guided - wanted).square()
-        return {"loss": (errors.mean((1, 2, 3)) * WEIGHTS[timesteps]).mean()}
+        off = guided - wanted
+        errors = (found_u - u).square() + (found_c - nearer).square() + off.square()
+        stains = nn.functional.avg_pool2d(off, STAIN).square()
+        each = errors.mean((1, 2, 3)) + STAIN_WEIGHT * stains.mean((1, 2, 3))
+        weights = WEIGHTS[on.timesteps].clamp(max=1)
+        on.step(found_u.detach(), found_c.detach(), source)
+        return {"loss": (each * weights).mean()}
 
     return loss_of
 

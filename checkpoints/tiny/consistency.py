@@ -1,17 +1,18 @@
 """Distil the base into a latent consistency model: guidance becomes an input.
 
 Design: the student is the base plus a projection of the guidance's embedding, zero at
-first. It learns to give, from any noise level of a grid of 50, the same picture as its
-own average gives four levels lower, where a guided DDIM step of the base has led: what
-the student has to catch up with are 13 such steps. Below that it gives the base's.
+first. It learns to give, from any place of a way from noise to a picture, the picture.
+The ways are solved by the base as it was before calibration, guided so that it does
+what the calibrated one does; the guidance that the student is told is the latter's.
+Things count more than the background, and so does what is wrong over several cells.
 
-The base that teaches is the one before calibration, guided so that it does what the
-calibrated one does; the guidance that the student is told is the latter's.
+Three ways in four begin as the sampler's steps do: at what the student's average drew
+from higher up, noised anew.
 
-Half of the latents are as the sampler makes them: what the student's average saw at a
-higher level, noised anew.
-
-Source: Luo et al. 2023 (latent consistency models); w = guidance - 1.
+Source: Luo et al. 2023 (latent consistency models); w = guidance - 1. They learn the
+same function from neighbouring places of a way, of which only one step is solved; the
+whole way costs no more per place, and a small model needs no other to tell where it
+leads (as Luhman & Luhman 2021 distil, from noise alone).
 """
 
 from __future__ import annotations
@@ -23,22 +24,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from calibrating import GUIDANCE, like
-from denoising import Model, conditions, load_uncalibrated, noise_free, noised
+from calibrating import GUIDANCE, STAIN, like
+from denoising import Model, load_uncalibrated, noise_free, thing_weights
 from latents import Latents
 from networks import make_unet
+from solving import Solving
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage
 
 GUIDANCE_EMBED_DIM = 256
-GRID = torch.arange(1, 51) * 20 - 1  # timesteps that the sampler starts from
-STRIDE = 4  # levels of the grid that a step of the solver goes down
-GUIDANCES = (2.0, 8.0)
 SIGMA_DATA, TIME_SCALE, HUBER = 0.5, 10.0, 0.001
-BATCH, PARTS = 32, 2
-OWN_SHARE = 0.5
+BATCH, UNDER_WAY, PARTS = 32, 24, 2
 AVERAGE = 0.95
-SEEDS_FROM = 50_000_000
+SEEDS_FROM = 51_000_000
 
 
 class Student(nn.Module):
@@ -128,38 +126,31 @@ def follow(target: Student, stage: Stage) -> Callable[[], None]:
 def lcm_loss(
     student: Student, target: Student, teacher: Model, data: Latents
 ) -> LossOf:
-    """Return the consistency loss of a step."""
+    """Return the loss of a step: how far the student is from where ways have led."""
+
+    def noise_in(x: torch.Tensor, *told: torch.Tensor) -> torch.Tensor:
+        return guided_noise(teacher, x, *told)
+
+    solving = [
+        Solving(data, teacher, noise_in, target, UNDER_WAY // PARTS)
+        for _ in range(PARTS)
+    ]
 
     def loss_of(step: int, part: int) -> dict[str, torch.Tensor]:
         seed = SEEDS_FROM + PARTS * step + part
         rng, source = random.Random(seed), torch.Generator().manual_seed(seed)
-        batch = data.batch(rng, BATCH // PARTS)
-        count = len(batch.scenes)
-        index = torch.randint(0, len(GRID), (count,), generator=source)
-        high, low = GRID[index], GRID[(index - STRIDE).clamp(min=0)]
-        w = torch.rand(count, generator=source)
-        w = GUIDANCES[0] - 1 + (GUIDANCES[1] - GUIDANCES[0]) * w
-        noise = torch.randn(batch.latents.shape, generator=source)
-        x = noised(batch.latents, noise, high)
-        with torch.no_grad():
-            text = conditions(teacher.language, batch.scenes, rng)
-            own = math.ceil(OWN_SHARE * count)
-            told = [part[:own] for part in (w, *text, batch.time_ids)]
-            above = torch.rand(own, generator=source) * (len(GRID) - index[:own])
-            above = GRID[index[:own] + above.long()]
-            other = torch.randn(x[:own].shape, generator=source)
-            seen = target(noised(batch.latents[:own], other, above), above, *told)
-            x[:own] = noised(seen, noise[:own], high[:own])
-            guided = guided_noise(teacher, x, high, w, *text, batch.time_ids)
-            base = noise_free(x, guided, high)
-            lower = noised(base, guided, low)
-            wanted = target(lower, low, w, *text, batch.time_ids)
-            wanted = torch.where((index < STRIDE)[:, None, None, None], base, wanted)
-        found = student(x, high, w, *text, batch.time_ids)
-        error = ((found - wanted).square() + HUBER**2).sqrt() - HUBER
-        return {"loss": error.mean()}
+        asked = solving[part].lessons(BATCH // PARTS, rng, source)
+        off = student(asked.x, asked.timesteps, *asked.told) - asked.wanted
+        each = huber(off) * thing_weights(asked.wanted)
+        stains = huber(nn.functional.avg_pool2d(off, STAIN))
+        return {"loss": each.mean() + stains.mean(), "stains": stains.mean()}
 
     return loss_of
+
+
+def huber(error: torch.Tensor) -> torch.Tensor:
+    """Return nearly the absolute error."""
+    return (error.square() + HUBER**2).sqrt() - HUBER
 
 
 def guided_noise(

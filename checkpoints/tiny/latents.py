@@ -30,6 +30,14 @@ class Batch:
     latents: torch.Tensor
     time_ids: torch.Tensor
 
+    def first(self, count: int) -> Batch:
+        """Return the first `count` pictures."""
+        return Batch(
+            scenes=self.scenes[:count],
+            latents=self.latents[:count],
+            time_ids=self.time_ids[:count],
+        )
+
 
 def any_view(rng: random.Random, width: int, height: int) -> View:
     """Draw how a scene is seen: mostly plain, else cropped, blurred or reduced."""
@@ -131,11 +139,13 @@ class Latents:
             shapes.setdefault(chunk["latents"].shape[2:], []).append(chunk)
         self.shapes = shapes
 
-    def batch(self, rng: random.Random, count: int) -> Batch:
-        """Return `count` pictures of one size, the size chosen by its share."""
+    def batch(
+        self, rng: random.Random, count: int, size: tuple[int, ...] | None = None
+    ) -> Batch:
+        """Return `count` pictures of one size (h, w), else chosen by its share."""
         shapes = list(self.shapes)
         shares = [len(self.shapes[shape]) for shape in shapes]
-        chunks = self.shapes[rng.choices(shapes, shares)[0]]
+        chunks = self.shapes[size or rng.choices(shapes, shares)[0]]
         picks = [(rng.choice(chunks), rng.randrange(CHUNK)) for _ in range(count)]
         latents = np.stack([chunk["latents"][i] for chunk, i in picks])
         time_ids = np.stack([chunk["time_ids"][i] for chunk, i in picks])

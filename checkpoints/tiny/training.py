@@ -2,9 +2,10 @@
 
 Design: a stage's state is one file, replaced whole every few minutes: networks,
 averages, optimizer, step. A stage that finds its file goes on from there; the data of
-step n are drawn from n alone, so a resumed run sees what an unbroken one would. A step
-can be split among threads that run their parts of the batch on one core each: on a busy
-machine that is several times faster than splitting every kernel.
+step n are drawn from n alone, so a resumed run sees what an unbroken one would (but
+pictures that a model was drawing itself are begun anew). A step can be split among
+threads that run their parts of the batch on one core each: on a busy machine that is
+several times faster than splitting every kernel.
 """
 
 from __future__ import annotations

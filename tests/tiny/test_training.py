@@ -185,3 +185,42 @@ def test_calibration_nears_the_teacher_in_50_steps(work, latents):
         state_file=work / "calibrated.pt",
     )
     assert falls(run_stage(stage))
+
+
+@pytest.mark.slow
+def test_consistency_model_nears_the_ends_of_ways_in_50_steps(work, latents):
+    from consistency import PARTS, Student, lcm_loss
+    from denoising import Model
+    from training import Stage, run_stage
+
+    teacher = Model().requires_grad_(requires_grad=False)
+    student = Student()
+    student.start_from(teacher)
+    target = copy.deepcopy(student).requires_grad_(requires_grad=False)
+    stage = Stage(
+        student,
+        lcm_loss(student, target, teacher, latents),
+        steps=STEPS,
+        rate=1e-3,
+        threads=PARTS,
+        state_file=work / "lcm.pt",
+    )
+    assert falls(run_stage(stage))
+
+
+@pytest.mark.slow
+def test_refiner_learns_in_50_steps(work, latents):
+    from denoising import Model
+    from refining import PARTS, Refiner, refiner_loss
+    from training import Stage, run_stage
+
+    base, refiner = Model().requires_grad_(requires_grad=False), Refiner()
+    stage = Stage(
+        refiner,
+        refiner_loss(refiner, base, latents),
+        steps=STEPS,
+        rate=1e-3,
+        threads=PARTS,
+        state_file=work / "refiner.pt",
+    )
+    assert falls(run_stage(stage))

@@ -1,0 +1,108 @@
+"""Pictures on their way from noise to the end, for a model to learn on its own ways.
+
+Design: a batch holds pictures at as many places of their ways. The guided prediction
+that a training step makes of them is also their next step, so that ways cost nothing;
+where one ends, the next begins, of another caption and from noise alone.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from denoising import conditions, noise_free, noised
+from language import Language
+from latents import Batch, Latents
+
+LAST = 999
+STRIDES = (25, 75)  # timesteps of a picture's steps: of 50, twenty are a whole way
+GUIDANCE = 5.0
+OTHER_SHARE, OTHER_GUIDANCE = 0.3, (3.0, 8.0)  # of pictures guided otherwise
+STIRRED_SHARE = 0.3  # of pictures whose noise is partly drawn anew at every step
+
+
+@dataclass
+class Rollout:
+    """A batch of pictures of one size, x (B, 4, h, w) at `timesteps` (B,).
+
+    Per picture: the conditioning, how far a step goes down, the guidance, and how much
+    of the noise's amplitude is drawn anew at every step (both (B, 1, 1, 1)).
+    """
+
+    x: torch.Tensor
+    timesteps: torch.Tensor
+    context: torch.Tensor
+    pooled: torch.Tensor
+    time_ids: torch.Tensor
+    strides: torch.Tensor
+    guidance: torch.Tensor
+    stirred: torch.Tensor
+
+    def step(self, u: torch.Tensor, c: torch.Tensor, source: torch.Generator) -> None:
+        """Go down as the predictions say: u without caption, c with it."""
+        noise = u + self.guidance * (c - u)
+        clean = noise_free(self.x, noise, self.timesteps)
+        fresh = torch.randn(noise.shape, generator=source)
+        noise = (1 - self.stirred**2).sqrt() * noise + self.stirred * fresh
+        self.timesteps = self.timesteps - self.strides
+        self.x = noised(clean, noise, self.timesteps.clamp(min=0))
+
+    def replace(self, where: torch.Tensor, other: Rollout) -> None:
+        """Put the pictures of another, as many, in the places where `where` (B,)."""
+        for name, value in vars(self).items():
+            value[where] = getattr(other, name)
+
+
+class Rollouts:
+    """A rollout of `count` pictures for every size of picture in `data`."""
+
+    def __init__(self, data: Latents, language: Language, count: int) -> None:
+        self.data, self.language, self.count = data, language, count
+        self.of: dict[torch.Size, Rollout] = {}
+
+    @torch.no_grad()
+    def next(self, rng: random.Random, source: torch.Generator) -> Rollout:
+        """Return the rollout of one size, the size chosen by its share in the data."""
+        batch = self.data.batch(rng, self.count)
+        shape = batch.latents.shape
+        if shape not in self.of:
+            self.of[shape] = self._underway(batch, rng, source)
+        rollout = self.of[shape]
+        over = rollout.timesteps < 0
+        if over.any():
+            rollout.replace(
+                over, self._begin(batch.first(int(over.sum())), rng, source)
+            )
+        return rollout
+
+    def _underway(
+        self, batch: Batch, rng: random.Random, source: torch.Generator
+    ) -> Rollout:
+        """Begin a batch at all places of the way, from noised drawings."""
+        rollout = self._begin(batch, rng, source)
+        rollout.timesteps = torch.randint(
+            LAST + 1, (len(batch.scenes),), generator=source
+        )
+        rollout.x = noised(batch.latents, rollout.x, rollout.timesteps)
+        return rollout
+
+    def _begin(
+        self, batch: Batch, rng: random.Random, source: torch.Generator
+    ) -> Rollout:
+        """Begin at noise alone."""
+        count = len(batch.scenes)
+        context, pooled = conditions(self.language, batch.scenes, rng)
+        draws = torch.rand(4, count, 1, 1, 1, generator=source)
+        low, high = OTHER_GUIDANCE
+        other = low + (high - low) * draws[1]
+        return Rollout(
+            x=torch.randn(batch.latents.shape, generator=source),
+            timesteps=torch.full((count,), LAST),
+            context=context,
+            pooled=pooled,
+            time_ids=batch.time_ids,
+            strides=torch.randint(*STRIDES, (count,), generator=source),
+            guidance=torch.where(draws[0] < OTHER_SHARE, other, GUIDANCE),
+            stirred=torch.where(draws[2] < STIRRED_SHARE, draws[3], 0.0),
+        )
