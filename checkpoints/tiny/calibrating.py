@@ -36,11 +36,10 @@ from denoising import (
     load_uncalibrated,
 )
 from latents import Latents
-from rollouts import Rollouts
+from rollouts import GUIDANCE, Rollouts
 from torch import nn
 from training import LossOf, Stage, run_stage
 
-GUIDANCE = 5.0
 LEAST, MOST, HALFWAY = 1.4, 3.6, 2.0  # the teacher's: without noise, in noise; sigma
 WEAKER = 0.2  # what is left of what captions add, at first; of 0 to 1, about the best
 BATCH, PARTS = 16, 2

@@ -24,10 +24,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from calibrating import GUIDANCE, STAIN, like
+from calibrating import STAIN, like
 from denoising import Model, load_uncalibrated, noise_free, thing_weights
 from latents import Latents
 from networks import make_unet
+from rollouts import GUIDANCE
 from solving import Solving
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage

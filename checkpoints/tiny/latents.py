@@ -30,14 +30,6 @@ class Batch:
     latents: torch.Tensor
     time_ids: torch.Tensor
 
-    def first(self, count: int) -> Batch:
-        """Return the first `count` pictures."""
-        return Batch(
-            scenes=self.scenes[:count],
-            latents=self.latents[:count],
-            time_ids=self.time_ids[:count],
-        )
-
 
 def any_view(rng: random.Random, width: int, height: int) -> View:
     """Draw how a scene is seen: mostly plain, else cropped, blurred or reduced."""
@@ -139,13 +131,16 @@ class Latents:
             shapes.setdefault(chunk["latents"].shape[2:], []).append(chunk)
         self.shapes = shapes
 
+    def any_size(self, rng: random.Random) -> tuple[int, ...]:
+        """Draw a size (h, w) of latents by its share of the data."""
+        shares = [len(chunks) for chunks in self.shapes.values()]
+        return rng.choices(list(self.shapes), shares)[0]
+
     def batch(
         self, rng: random.Random, count: int, size: tuple[int, ...] | None = None
     ) -> Batch:
-        """Return `count` pictures of one size (h, w), else chosen by its share."""
-        shapes = list(self.shapes)
-        shares = [len(self.shapes[shape]) for shape in shapes]
-        chunks = self.shapes[size or rng.choices(shapes, shares)[0]]
+        """Return `count` pictures of one size (h, w), of any when none is given."""
+        chunks = self.shapes[size or self.any_size(rng)]
         picks = [(rng.choice(chunks), rng.randrange(CHUNK)) for _ in range(count)]
         latents = np.stack([chunk["latents"][i] for chunk, i in picks])
         time_ids = np.stack([chunk["time_ids"][i] for chunk, i in picks])

@@ -17,7 +17,7 @@ from latents import Batch, Latents
 
 LAST = 999
 STRIDES = (25, 75)  # timesteps of a picture's steps: of 50, twenty are a whole way
-GUIDANCE = 5.0
+GUIDANCE = 5.0  # what pictures are drawn with
 OTHER_SHARE, OTHER_GUIDANCE = 0.3, (3.0, 8.0)  # of pictures guided otherwise
 STIRRED_SHARE = 0.3  # of pictures whose noise is partly drawn anew at every step
 
@@ -59,27 +59,26 @@ class Rollouts:
 
     def __init__(self, data: Latents, language: Language, count: int) -> None:
         self.data, self.language, self.count = data, language, count
-        self.of: dict[torch.Size, Rollout] = {}
+        self.of: dict[tuple[int, ...], Rollout] = {}
 
     @torch.no_grad()
     def next(self, rng: random.Random, source: torch.Generator) -> Rollout:
         """Return the rollout of one size, the size chosen by its share in the data."""
-        batch = self.data.batch(rng, self.count)
-        shape = batch.latents.shape
-        if shape not in self.of:
-            self.of[shape] = self._underway(batch, rng, source)
-        rollout = self.of[shape]
+        size = self.data.any_size(rng)
+        if size not in self.of:
+            self.of[size] = self._underway(size, rng, source)
+        rollout = self.of[size]
         over = rollout.timesteps < 0
         if over.any():
-            rollout.replace(
-                over, self._begin(batch.first(int(over.sum())), rng, source)
-            )
+            batch = self.data.batch(rng, int(over.sum()), size)
+            rollout.replace(over, self._begin(batch, rng, source))
         return rollout
 
     def _underway(
-        self, batch: Batch, rng: random.Random, source: torch.Generator
+        self, size: tuple[int, ...], rng: random.Random, source: torch.Generator
     ) -> Rollout:
         """Begin a batch at all places of the way, from noised drawings."""
+        batch = self.data.batch(rng, self.count, size)
         rollout = self._begin(batch, rng, source)
         rollout.timesteps = torch.randint(
             LAST + 1, (len(batch.scenes),), generator=source

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from denoising import Model, conditions, noise_free, noised
 from latents import Latents
+from rollouts import LAST
 
-LAST = 999
 STRIDES = (40, 80)  # timesteps of a solver's step
 FALLS = (120, 360)  # timesteps from one way's beginning to the next's
 WHOLE, AT_FIRST = 300, 32  # ways in the pool: at most, and before the first lesson
@@ -72,19 +72,19 @@ class Solving:
     ) -> None:
         self.data, self.teacher, self.count = data, teacher, count
         self.noise_in, self.draws = noise_in, draws
-        self.under_way: dict[torch.Size, list[Way]] = {}
-        self.whole: dict[torch.Size, deque[Way]] = {}
+        self.under_way: dict[tuple[int, ...], list[Way]] = {}
+        self.whole: dict[tuple[int, ...], deque[Way]] = {}
 
     @torch.no_grad()
     def lessons(
         self, count: int, rng: random.Random, source: torch.Generator
     ) -> Lessons:
         """Go a step on with pictures of one size; return lessons of that size."""
-        shape = self.data.batch(rng, 1).latents.shape[1:]
-        whole = self.whole.setdefault(shape, deque(maxlen=WHOLE))
-        self.go_on(shape, rng, source)
+        size = self.data.any_size(rng)
+        whole = self.whole.setdefault(size, deque(maxlen=WHOLE))
+        self.go_on(size, rng, source)
         while len(whole) < AT_FIRST:
-            self.go_on(shape, rng, source)
+            self.go_on(size, rng, source)
         ways = [rng.choice(whole) for _ in range(count)]
         first = [rng.random() < START_SHARE for _ in ways]
         seen = [
@@ -99,14 +99,14 @@ class Solving:
         )
 
     def go_on(
-        self, shape: torch.Size, rng: random.Random, source: torch.Generator
+        self, size: tuple[int, ...], rng: random.Random, source: torch.Generator
     ) -> None:
         """Take a solver's step with all pictures of a size that are under way."""
-        if shape not in self.under_way:
-            self.under_way[shape] = self.begin(
-                shape, self.count, rng, source, under_way=True
+        if size not in self.under_way:
+            self.under_way[size] = self.begin(
+                size, self.count, rng, source, under_way=True
             )
-        ways = self.under_way[shape]
+        ways = self.under_way[size]
         x = torch.stack([way.seen[-1][0] for way in ways])
         timesteps = torch.tensor([way.seen[-1][1] for way in ways])
         noise = self.noise_in(x, timesteps, *stacked(ways))
@@ -121,14 +121,14 @@ class Solving:
                 ways[n].end = clean[n]
                 over.append(ways[n])
         if over:
-            self.whole[shape].extend(over)
+            self.whole[size].extend(over)
             going = [way for way in ways if way.end is None]
-            self.under_way[shape] = going + self.after(over, shape, rng, source)
+            self.under_way[size] = going + self.after(over, size, rng, source)
 
     def after(
         self,
         over: list[Way],
-        shape: torch.Size,
+        size: tuple[int, ...],
         rng: random.Random,
         source: torch.Generator,
     ) -> list[Way]:
@@ -147,11 +147,11 @@ class Solving:
                 for n, (way, low) in enumerate(again)
             ]
         new = len(over) - len(again)
-        return begun + (self.begin(shape, new, rng, source) if new else [])
+        return begun + (self.begin(size, new, rng, source) if new else [])
 
     def begin(
         self,
-        shape: torch.Size,
+        size: tuple[int, ...],
         count: int,
         rng: random.Random,
         source: torch.Generator,
@@ -159,11 +159,11 @@ class Solving:
         under_way: bool = False,
     ) -> list[Way]:
         """Begin at noise alone, or all along the way at noised drawings."""
-        batch = self.data.batch(rng, count, shape[1:])
+        batch = self.data.batch(rng, count, size)
         context, pooled = conditions(self.teacher.language, batch.scenes, rng)
         low, high = GUIDANCES
         w = low - 1 + (high - low) * torch.rand(count, generator=source)
-        x = torch.randn(count, *shape, generator=source)
+        x = torch.randn(batch.latents.shape, generator=source)
         timesteps = torch.full((count,), LAST)
         if under_way:
             timesteps = torch.randint(LAST + 1, (count,), generator=source)

@@ -24,6 +24,16 @@ def falls(losses):
     return np.mean(losses[-10:]) < 0.95 * np.mean(losses[:10])
 
 
+def learns(work, nets, loss_of, **how):
+    """Train for `STEPS` and tell whether the loss falls."""
+    from training import Stage, run_stage
+
+    state_file = work / "stage.pt"
+    return falls(
+        run_stage(Stage(nets, loss_of, steps=STEPS, state_file=state_file, **how))
+    )
+
+
 def test_networks_have_the_geometry_of_the_preset():
     """Oracle: the shapes that `sdxl.layouts` lists for the preset `tiny`."""
     from denoising import Model
@@ -151,19 +161,10 @@ def latents(work):
 @pytest.mark.slow
 def test_base_learns_in_50_steps(work, latents):
     from denoising import PARTS, Model, base_loss
-    from training import Stage, run_stage
 
     model = Model()
-    stage = Stage(
-        model,
-        base_loss(model, latents, STEPS, count=16),
-        steps=STEPS,
-        rate=1e-3,
-        groups=model.groups(1e-3),
-        threads=PARTS,
-        state_file=work / "base.pt",
-    )
-    assert falls(run_stage(stage))
+    loss_of, groups = base_loss(model, latents, STEPS, count=16), model.groups(1e-3)
+    assert learns(work, model, loss_of, rate=1e-3, groups=groups, threads=PARTS)
 
 
 @pytest.mark.slow
@@ -171,56 +172,32 @@ def test_calibration_nears_the_teacher_in_50_steps(work, latents):
     """A copy of the teacher is wrong by (c - u) three times over, guided."""
     from calibrating import PARTS, calibration_loss
     from denoising import Model
-    from training import Stage, run_stage
 
     teacher = Model().requires_grad_(requires_grad=False)
     student = copy.deepcopy(teacher)
     student.unet.requires_grad_(requires_grad=True)
-    stage = Stage(
-        student,
-        calibration_loss(student, teacher, latents),
-        steps=STEPS,
-        rate=3e-4,
-        threads=PARTS,
-        state_file=work / "calibrated.pt",
-    )
-    assert falls(run_stage(stage))
+    loss_of = calibration_loss(student, teacher, latents)
+    assert learns(work, student, loss_of, rate=3e-4, threads=PARTS)
 
 
 @pytest.mark.slow
 def test_consistency_model_nears_the_ends_of_ways_in_50_steps(work, latents):
     from consistency import PARTS, Student, lcm_loss
     from denoising import Model
-    from training import Stage, run_stage
 
     teacher = Model().requires_grad_(requires_grad=False)
     student = Student()
     student.start_from(teacher)
     target = copy.deepcopy(student).requires_grad_(requires_grad=False)
-    stage = Stage(
-        student,
-        lcm_loss(student, target, teacher, latents),
-        steps=STEPS,
-        rate=1e-3,
-        threads=PARTS,
-        state_file=work / "lcm.pt",
-    )
-    assert falls(run_stage(stage))
+    loss_of = lcm_loss(student, target, teacher, latents)
+    assert learns(work, student, loss_of, rate=1e-3, threads=PARTS)
 
 
 @pytest.mark.slow
 def test_refiner_learns_in_50_steps(work, latents):
     from denoising import Model
     from refining import PARTS, Refiner, refiner_loss
-    from training import Stage, run_stage
 
     base, refiner = Model().requires_grad_(requires_grad=False), Refiner()
-    stage = Stage(
-        refiner,
-        refiner_loss(refiner, base, latents),
-        steps=STEPS,
-        rate=1e-3,
-        threads=PARTS,
-        state_file=work / "refiner.pt",
-    )
-    assert falls(run_stage(stage))
+    loss_of = refiner_loss(refiner, base, latents)
+    assert learns(work, refiner, loss_of, rate=1e-3, threads=PARTS)
