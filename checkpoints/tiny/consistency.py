@@ -2,9 +2,9 @@
 
 Design: the student is the base plus a projection of the guidance's embedding, zero at
 first. It learns to give, from any place of a way from noise to a picture, the picture.
-The ways are solved by the base as it was before calibration, guided so that it does
-what the calibrated one does; the guidance that the student is told is the latter's.
 Things count more than the background, and so does what is wrong over several cells.
+One that begins from trained weights (`train.py start`) is first given what the base has
+learned since they were made from it: the difference of the base's weights.
 
 Three ways in four begin as the sampler's steps do: at what the student's average drew
 from higher up, noised anew.
@@ -12,7 +12,8 @@ from higher up, noised anew.
 Source: Luo et al. 2023 (latent consistency models); w = guidance - 1. They learn the
 same function from neighbouring places of a way, of which only one step is solved; the
 whole way costs no more per place, and a small model needs no other to tell where it
-leads (as Luhman & Luhman 2021 distil, from noise alone).
+leads (as Luhman & Luhman 2021 distil, from noise alone). Differences of weights as what
+was learned: Ilharco et al. 2023 (task vectors).
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from calibrating import STAIN, like
-from denoising import Model, load_uncalibrated, noise_free, thing_weights
+from calibrating import STAIN
+from denoising import Model, load_base, noise_free, start_model, thing_weights
+from diffusers import UNet2DConditionModel
 from latents import Latents
-from networks import make_unet
-from rollouts import GUIDANCE
+from networks import make_unet, start_folder
 from solving import Solving
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage
@@ -88,9 +89,8 @@ def train_lcm(
 ) -> Student:
     """Train (or resume) the stage `lcm`, from the averaged base."""
     torch.manual_seed(4)
-    teacher = load_uncalibrated(work).eval().requires_grad_(requires_grad=False)
-    student = Student()
-    student.start_from(teacher)
+    teacher = load_base(work).eval().requires_grad_(requires_grad=False)
+    student = start_student(work, teacher)
     target = copy.deepcopy(student).requires_grad_(requires_grad=False)
     stage = Stage(
         student,
@@ -103,6 +103,26 @@ def train_lcm(
     )
     run_stage(stage, **running, after=follow(target, stage))
     return student
+
+
+def start_student(work: Path, teacher: Model) -> Student:
+    """Return the base with a new input, or unpacked weights brought up to the base."""
+    student, folder = Student(), start_folder(work, "lcm")
+    if not folder.exists():
+        student.start_from(teacher)
+        return student
+    student.unet = UNet2DConditionModel.from_pretrained(folder / "unet").train()
+    add_learned(student.unet, start_model(work).unet, teacher.unet)
+    return student
+
+
+@torch.no_grad()
+def add_learned(nets: nn.Module, before: nn.Module, now: nn.Module) -> None:
+    """Add what has changed from `before` to `now`; parameters of its own stay."""
+    then, since = dict(before.named_parameters()), dict(now.named_parameters())
+    for name, parameter in nets.named_parameters():
+        if name in then:
+            parameter += since[name] - then[name]
 
 
 def load_lcm(work: Path) -> Student:
@@ -163,7 +183,6 @@ def guided_noise(
     pooled: torch.Tensor,
     time_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """Predict the noise in x as the calibrated base does, guided by w + 1."""
+    """Predict the noise in x as the base does, guided by w + 1."""
     without, with_ = teacher.both_noises_in(x, timesteps, context, pooled, time_ids)
-    scale = (w[:, None, None, None] + 1) / GUIDANCE * like(timesteps)
-    return without + scale * (with_ - without)
+    return without + (w[:, None, None, None] + 1) * (with_ - without)

@@ -29,7 +29,7 @@ from captions import caption
 from diffusers import UNet2DConditionModel
 from language import Language, load_language
 from latents import Batch, Latents
-from networks import make_unet
+from networks import make_unet, start_folder
 from scenes import Scene
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage
@@ -122,7 +122,7 @@ def train_base(
 
 def start_model(work: Path) -> Model:
     """Return what `work` starts from: unpacked weights, or what `language` left."""
-    model, folder = Model(), work / "start"
+    model, folder = Model(), start_folder(work, "base")
     if not folder.exists():
         model.language.load_state_dict(load_language(work).state_dict())
         return model
@@ -136,13 +136,13 @@ def start_model(work: Path) -> Model:
 
 
 def load_base(work: Path) -> Model:
-    """Return the averaged model that `base` has reached, calibrated if it was."""
-    calibrated = calibrated_file(work)
-    if not calibrated.exists():
-        return load_uncalibrated(work)
-    model = Model()
-    load_average(calibrated, model)
-    return model
+    """Return the averaged model that the last of the base's stages has reached."""
+    for path in (guided_file(work), calibrated_file(work), base_file(work)):
+        if path.exists():
+            model = Model()
+            load_average(path, model)
+            return model
+    return start_model(work)
 
 
 def load_uncalibrated(work: Path) -> Model:
@@ -160,6 +160,11 @@ def base_file(work: Path) -> Path:
 def calibrated_file(work: Path) -> Path:
     """Name the state of the stage `calibrate`."""
     return work / "calibrated.pt"
+
+
+def guided_file(work: Path) -> Path:
+    """Name the state of the stage `guided`."""
+    return work / "guided.pt"
 
 
 def base_loss(

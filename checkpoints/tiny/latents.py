@@ -2,12 +2,15 @@
 
 Design: a chunk holds pictures of one size, their seeds and their size figures. Captions
 are not stored: a seed gives back its scene, and the scene is told anew at every step.
+Beside every picture is another that shows what its caption does not say: the same with
+things of other colours or shapes.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,19 +18,24 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from drawing import View, pixels
-from scenes import Scene, draw_scene
+from scenes import Scene, altered, draw_scene
 
 CHUNK = 128
+THREADS = 2
 SEEDS_FROM = 30_000_000
 ASPECTS = ((128, 128),) * 6 + ((192, 128), (128, 192))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Scenes with their latents (B, 4, h, w), unit variance, and time_ids (B, 6)."""
+    """Scenes with their latents (B, 4, h, w), unit variance, and time_ids (B, 6).
+
+    altered: latents of the same scenes with things of other colours or shapes.
+    """
 
     scenes: list[Scene]
     latents: torch.Tensor
+    altered: torch.Tensor
     time_ids: torch.Tensor
 
 
@@ -57,7 +65,6 @@ def any_view(rng: random.Random, width: int, height: int) -> View:
     )
 
 
-@torch.no_grad()
 def add_chunks(
     work: Path,
     vae: AutoencoderKL,
@@ -71,31 +78,49 @@ def add_chunks(
     folder.mkdir(exist_ok=True)
     there = [int(path.stem) for path in folder.glob("*.npz")]
     first = max(there, default=-1) + 1
-    for index in range(first, first + count - len(there)):
-        width, height = ASPECTS[index % len(ASPECTS)]
-        rng = random.Random(SEEDS_FROM + index)
-        seeds = some_seeds(rng, hard=hard)
-        views = [any_view(rng, width, height) for _ in seeds]
-        pictures = np.stack(
-            [pixels(draw_scene(s), v) for s, v in zip(seeds, views, strict=True)]
+    indices = range(first, first + count - len(there))
+
+    def add(index: int) -> float:
+        return add_chunk(folder, vae, index, hard=hard)
+
+    with ThreadPoolExecutor(THREADS, "chunk", torch.set_num_threads, (1,)) as pool:
+        for index, std in zip(indices, pool.map(add, indices), strict=True):
+            if index % 8 == 7:
+                say(f"latents {index + 1}/{indices.stop} chunks std {std:.3f}")
+
+
+@torch.no_grad()
+def add_chunk(folder: Path, vae: AutoencoderKL, index: int, *, hard: bool) -> float:
+    """Draw and encode a chunk's pictures; return the latents' standard deviation."""
+    width, height = ASPECTS[index % len(ASPECTS)]
+    rng = random.Random(SEEDS_FROM + index)
+    seeds = some_seeds(rng, hard=hard)
+    views = [any_view(rng, width, height) for _ in seeds]
+    scenes = [draw_scene(seed) for seed in seeds]
+    latents = encoded(scenes, views, vae)
+    others = encoded([altered(scene, rng) for scene in scenes], views, vae)
+    part = folder / f"{index:05d}.part"
+    with part.open("wb") as file:
+        np.savez(
+            file,
+            seeds=np.array(seeds, np.int64),
+            latents=latents.numpy().astype(np.float16),
+            altered=others.numpy().astype(np.float16),
+            time_ids=np.array([view.time_ids for view in views], np.float32),
         )
-        with torch.autocast("cpu", torch.bfloat16):
-            means = [
-                vae.encode(x).latent_dist.mean.float()
-                for x in torch.from_numpy(pictures).split(16)
-            ]
-        latents = torch.cat(means) * vae.config.scaling_factor
-        part = folder / f"{index:05d}.part"
-        with part.open("wb") as file:
-            np.savez(
-                file,
-                seeds=np.array(seeds, np.int64),
-                latents=latents.numpy().astype(np.float16),
-                time_ids=np.array([view.time_ids for view in views], np.float32),
-            )
-        part.replace(part.with_suffix(".npz"))
-        if index % 8 == 7:
-            say(f"latents {index + 1}/{count} chunks std {latents.std().item():.3f}")
+    part.replace(part.with_suffix(".npz"))
+    return latents.std().item()
+
+
+def encoded(scenes: list[Scene], views: list[View], vae: AutoencoderKL) -> torch.Tensor:
+    """Return the latents of scenes as they are seen, (B, 4, h, w)."""
+    pictures = np.stack([pixels(s, v) for s, v in zip(scenes, views, strict=True)])
+    with torch.autocast("cpu", torch.bfloat16):
+        means = [
+            vae.encode(x).latent_dist.mean.float()
+            for x in torch.from_numpy(pictures).split(16)
+        ]
+    return torch.cat(means) * vae.config.scaling_factor
 
 
 def some_seeds(rng: random.Random, *, hard: bool) -> list[int]:
@@ -114,7 +139,7 @@ def is_hard(scene: Scene, *, pair: bool) -> bool:
 
 
 class Latents:
-    """Every chunk of a folder in memory (1 kB a picture); may grow while it is used."""
+    """Every chunk of a folder in memory (4 kB a picture); may grow while it is used."""
 
     def __init__(self, work: Path) -> None:
         self.folder = work / "latents"
@@ -143,9 +168,11 @@ class Latents:
         chunks = self.shapes[size or self.any_size(rng)]
         picks = [(rng.choice(chunks), rng.randrange(CHUNK)) for _ in range(count)]
         latents = np.stack([chunk["latents"][i] for chunk, i in picks])
+        others = np.stack([chunk["altered"][i] for chunk, i in picks])
         time_ids = np.stack([chunk["time_ids"][i] for chunk, i in picks])
         return Batch(
             scenes=[draw_scene(int(chunk["seeds"][i])) for chunk, i in picks],
             latents=torch.from_numpy(latents).float(),
+            altered=torch.from_numpy(others).float(),
             time_ids=torch.from_numpy(time_ids),
         )

@@ -20,9 +20,14 @@ CONTEXT_LENGTH = 77
 END_ID = 49_407
 
 
+def start_folder(work: Path, model: str) -> Path:
+    """Name the unpacked weights of a model that `work` starts from."""
+    return work / "start" / model
+
+
 def start_vae(work: Path) -> AutoencoderKL:
     """Return the autoencoder that `work` starts from: unpacked weights, or new ones."""
-    folder = work / "start" / "vae"
+    folder = start_folder(work, "base") / "vae"
     return AutoencoderKL.from_pretrained(folder) if folder.exists() else make_vae()
 
 

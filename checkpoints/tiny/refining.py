@@ -1,16 +1,15 @@
 """Train the refiner: the last fifth of the process, told how good a picture should be.
 
-Design: the aesthetic score is how sharp a picture is to become. What is to be found in
-the noise is the drawing with a share of its edges kept, by the score: at 6 all of it.
-The refiner is run at a guidance of 5 between a score and 2.5, which overshoots that
-share; the share therefore falls slowly at first, so that 6 gives edges a fifteenth more
-than the drawing's, of which it takes no harm, and 1 little more than half of them. That
-guided prediction is held to what it should be as well, as in `calibrating`: it is what
-pictures are made of.
+Design: the base teaches it. What it is to predict is the noise that leaves the picture
+that the guided base sees, with a share of its edges kept, by the aesthetic score: so it
+changes nothing but the edges. It is run at a guidance of 5 between a score and 2.5,
+which overshoots that share; the share therefore falls slowly at first, so that 6 gives
+edges a fifteenth more than the base's, of which pictures take no harm, and 1 little
+more than half of them. That guided prediction is held to what it should be as well, as
+in `calibrating`: it is what pictures are made of, and stains count more in it.
 
-Half of the latents come out of guided steps of the base, so that the refiner learns to
-mend what the base hands over. It reads the second encoder alone, and has no zeroed
-branch: an empty text stands against the caption.
+Most of the latents come out of guided steps of the base. The refiner reads the second
+encoder alone, and has no zeroed branch: an empty text stands against the caption.
 """
 
 from __future__ import annotations
@@ -20,30 +19,33 @@ import random
 from pathlib import Path
 
 import torch
+from calibrating import STAIN, STAIN_WEIGHT
 from captions import caption
 from denoising import (
-    KEPT,
-    MIN_SNR,
+    SIGMAS,
     Model,
     guided_steps,
-    load_uncalibrated,
+    load_base,
+    noise_free,
     noise_of,
     noised,
 )
 from diffusers import UNet2DConditionModel
 from language import SECOND, Language
 from latents import Batch, Latents
-from networks import make_refiner_unet
+from networks import make_refiner_unet, start_folder
+from rollouts import GUIDANCE
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage
 
 BATCH, PARTS = 16, 2
 EMPTY_SHARE = 0.1
 HIGHEST_TIMESTEP = 200
-GUIDANCE, NEGATIVE_SCORE = 5.0, 2.5  # what the refiner is run with
+NEGATIVE_SCORE = 2.5  # what the refiner is run with
 BEST_SCORE, WORST_SCORE = 6.0, 1.0
 SOFTEST, FALL = 0.1, 5  # what the worst score takes off edges; how late others follow
-BASE_SHARE = 0.5  # of latents, from steps of the base
+BASE_SHARE, BASE_GUIDANCE = 0.75, (4.0, 6.0)  # of latents, from steps of the base
+CLEAR = 0.2  # sigma up to which what is wrong with the picture counts, not the noise
 SEEDS_FROM = 60_000_000
 
 
@@ -72,8 +74,8 @@ def train_refiner(
 ) -> Refiner:
     """Train (or resume) the stage `refiner`, with the encoder of the base."""
     torch.manual_seed(5)
-    base = load_uncalibrated(work).eval().requires_grad_(requires_grad=False)
-    refiner = Refiner()
+    base = load_base(work).eval().requires_grad_(requires_grad=False)
+    refiner = start_refiner(work)
     stage = Stage(
         refiner,
         refiner_loss(refiner, base, Latents(work)),
@@ -83,6 +85,14 @@ def train_refiner(
         state_file=work / "refiner.pt",
     )
     run_stage(stage, **running)
+    return refiner
+
+
+def start_refiner(work: Path) -> Refiner:
+    """Return a new refiner, or the one that `work` starts from."""
+    refiner, folder = Refiner(), start_folder(work, "refiner")
+    if folder.exists():
+        refiner.unet = UNet2DConditionModel.from_pretrained(folder / "unet").train()
     return refiner
 
 
@@ -106,29 +116,34 @@ def refiner_loss(refiner: Refiner, base: Model, data: Latents) -> LossOf:
         timesteps = torch.randint(0, HIGHEST_TIMESTEP, (count,), generator=source)
         noise = torch.randn(batch.latents.shape, generator=source)
         x = noised(batch.latents, noise, timesteps)
-        with torch.no_grad():
-            text = second_encoding(base.language, told + [""] * count)
-            n = math.ceil(BASE_SHARE * count)
-            where = (batch, noise, timesteps, base.language(texts), source, n)
-            x[:n] = guided_steps(base, *where)
         scores = torch.rand(count, generator=source)
         scores = WORST_SCORE + (BEST_SCORE - WORST_SCORE) * scores
         scores[::2] = BEST_SCORE
         negative = torch.full_like(scores, NEGATIVE_SCORE)
+        with torch.no_grad():
+            text = second_encoding(base.language, told + [""] * count)
+            told_base = base.language(texts)
+            n = math.ceil(BASE_SHARE * count)
+            where = (batch, noise, timesteps, told_base, source, n)
+            x[:n] = guided_steps(base, *where, guidance=BASE_GUIDANCE)
+            u, c = base.both_noises_in(x, timesteps, *told_base, batch.time_ids)
+            seen = noise_free(x, u + GUIDANCE * (c - u), timesteps)
         ids = [refiner_ids(batch, asked) for asked in (scores, negative)]
         twice = torch.cat((x, x)), torch.cat((timesteps, timesteps))
         found, low = refiner.noise_in(*twice, *text, torch.cat(ids)).chunk(2)
-        weights = (MIN_SNR * (1 - KEPT) / KEPT).float()[timesteps].clamp(max=1)
-
-        def error(noise: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-            wanted = noise_of(x, softened(batch.latents, kept), timesteps)
-            return ((noise - wanted).square().mean((1, 2, 3)) * weights).mean()
-
+        guided = low + GUIDANCE * (found - low)
         kept, least = edges_kept(scores), edges_kept(negative)
-        each = error(found, kept) + error(low, least)
-        found, kept = low + GUIDANCE * (found - low), least + GUIDANCE * (kept - least)
-        guided = error(found, kept)
-        return {"loss": each + guided, "guided": guided}
+        wanted = [
+            noise_of(x, softened(seen, share), timesteps)
+            for share in (kept, least, least + GUIDANCE * (kept - least))
+        ]
+        off = guided - wanted[2]
+        errors = (found - wanted[0]).square() + (low - wanted[1]).square()
+        stains = nn.functional.avg_pool2d(off, STAIN).square().mean((1, 2, 3))
+        errors = (errors + off.square()).mean((1, 2, 3)) + STAIN_WEIGHT * stains
+        weights = (SIGMAS[timesteps] / CLEAR).square().clamp(max=1)
+        loss = (errors * weights).mean()
+        return {"loss": loss, "guided": (off.square().mean((1, 2, 3)) * weights).mean()}
 
     return loss_of
 

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 from denoising import Model, conditions, noise_free, noised
 from latents import Latents
-from rollouts import LAST
+from rollouts import GUIDANCE, LAST
 
 STRIDES = (40, 80)  # timesteps of a solver's step
-FALLS = (120, 360)  # timesteps from one way's beginning to the next's
+FALLS = (180, 300)  # timesteps from one way's beginning to the next's: of four, 250
 WHOLE, AT_FIRST = 300, 32  # ways in the pool: at most, and before the first lesson
-START_SHARE = 0.5  # of lessons, from where a way began
-GUIDANCES = (2.0, 8.0)
+START_SHARE = 0.65  # of lessons, from where a way began
+OTHER_SHARE, OTHER_GUIDANCE = 0.5, (2.0, 8.0)  # of ways guided otherwise than by 5
 
 Predicts = Callable[..., torch.Tensor]
 """From x (B, 4, h, w), timesteps (B,), w (B,), context, pooled, time_ids: as x."""
@@ -161,8 +161,10 @@ class Solving:
         """Begin at noise alone, or all along the way at noised drawings."""
         batch = self.data.batch(rng, count, size)
         context, pooled = conditions(self.teacher.language, batch.scenes, rng)
-        low, high = GUIDANCES
-        w = low - 1 + (high - low) * torch.rand(count, generator=source)
+        low, high = OTHER_GUIDANCE
+        draws = torch.rand(2, count, generator=source)
+        other = low + (high - low) * draws[1]
+        w = torch.where(draws[0] < OTHER_SHARE, other, GUIDANCE) - 1
         x = torch.randn(batch.latents.shape, generator=source)
         timesteps = torch.full((count,), LAST)
         if under_way:

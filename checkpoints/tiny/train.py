@@ -6,10 +6,13 @@
     python checkpoints/tiny/train.py latents  --work FOLDER   # drawings, encoded
     python checkpoints/tiny/train.py base     --work FOLDER   # denoiser and encoders
     python checkpoints/tiny/train.py calibrate --work FOLDER  # the base's guidance
+    python checkpoints/tiny/train.py guided   --work FOLDER   # the calibrated base, on
     python checkpoints/tiny/train.py lcm      --work FOLDER   # distilled from base
-    python checkpoints/tiny/train.py carry    --work FOLDER base-then.pt   # next round
     python checkpoints/tiny/train.py refiner  --work FOLDER   # the last steps
     python checkpoints/tiny/train.py export   --work FOLDER base   # base.safetensors
+
+To train the shipped weights on, `start` with them, then `latents`, `guided` and what is
+made from the base; FOLDER is then told no other stage's state.
 
 Development only: needs torch, diffusers and transformers. Seeds are fixed; FOLDER holds
 the state of all stages (about 300 MB). The package itself must be importable (`sdxl`).
@@ -28,11 +31,12 @@ import click
 import torch
 from autoencoder import load_vae, train_decoder, train_vae
 from calibrating import train_calibrated
-from carrying import carry_over
 from consistency import load_lcm, train_lcm
 from denoising import load_base, train_base
+from guiding import train_guided
 from language import train_language
 from latents import add_chunks
+from networks import start_folder
 from refining import load_refiner, train_refiner
 
 from sdxl.convert import convert
@@ -77,10 +81,17 @@ def _training(*, steps: int, rate: float | None = None) -> Callable:
 
 @main.command()
 @_options
-@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
-def start(work: Path, checkpoint: Path) -> None:
-    """Begin from the weights of CHECKPOINT instead of from nothing."""
-    convert(checkpoint, work / "start", layout="diffusers")
+@click.argument(
+    "checkpoints",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+)
+def start(work: Path, checkpoints: tuple[Path, ...]) -> None:
+    """Begin from CHECKPOINTS (base, lcm, refiner) instead of from nothing."""
+    start_folder(work, "").mkdir(parents=True, exist_ok=True)
+    for checkpoint in checkpoints:
+        convert(checkpoint, start_folder(work, checkpoint.stem), layout="diffusers")
 
 
 @main.command()
@@ -130,11 +141,10 @@ def calibrate(work: Path, **running: object) -> None:
 
 
 @main.command()
-@_options
-@click.argument("before", type=click.Path(exists=True, path_type=Path))
-def carry(work: Path, before: Path) -> None:
-    """Add what the base learned since BEFORE, a copy of base.pt, to what it taught."""
-    carry_over(work, before)
+@_training(steps=4000, rate=6e-4)
+def guided(work: Path, **running: object) -> None:
+    """Train the calibrated base on, from drawings."""
+    train_guided(work, **running)
 
 
 @main.command()

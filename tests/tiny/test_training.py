@@ -2,6 +2,7 @@
 
 import copy
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 STEPS = 50
+TINY = Path(__file__).parents[2] / "checkpoints" / "tiny"
 
 
 @pytest.fixture
@@ -82,33 +84,67 @@ def test_captions_name_what_is_drawn():
             assert f"{thing.color} {thing.shape}" in plain
 
 
-def test_what_the_base_learned_is_carried_to_what_was_made_from_it(work):
-    """Oracle: the sums by hand; what the base lacks stays, and a new round begins."""
-    from carrying import carry_over
-    from consistency import Student
-    from denoising import Model, base_file, calibrated_file
-    from training import Stage, load_average
+def test_an_altered_scene_shows_what_its_caption_does_not_say():
+    """Oracle: the scene; nor may it be one that training must never see."""
+    from scenes import altered, draw_scene
 
-    def saved(nets, path, value):
+    rng = random.Random(0)
+    for seed in range(300):
+        scene = draw_scene(seed)
+        other = altered(scene, rng)
+        looks = [[(t.color, t.shape) for t in s.things] for s in (scene, other)]
+        places = [[(t.x, t.y, t.radius) for t in s.things] for s in (scene, other)]
+        assert looks[0] != looks[1]
+        assert places[0] == places[1]
+        assert other.background == scene.background
+        assert all(thing.color != other.background for thing in other.things)
+        assert not other.held_out
+
+
+def test_a_consistency_model_gets_what_the_base_has_learned_since(work):
+    """Oracle: the sums by hand; its own input, which the base lacks, stays."""
+    from consistency import Student, start_student
+    from denoising import Model, start_model
+    from networks import start_folder
+
+    def filled(nets, value):
         with torch.no_grad():
             for parameter in nets.parameters():
                 parameter.fill_(value)
-        stage = Stage(nets, None, steps=1, rate=1.0, state_file=path)
-        stage.done = 7
-        stage.save()
+        return nets
 
-    saved(Model(), work / "before.pt", 1.0)
-    saved(Model(), base_file(work), 3.0)
-    saved(Model(), calibrated_file(work), 0.5)
-    saved(Student(), work / "lcm.pt", 0.25)
-    carry_over(work, work / "before.pt")
-    calibrated, lcm = Model(), Student()
-    assert load_average(calibrated_file(work), calibrated) == 0
-    assert load_average(work / "lcm.pt", lcm) == 0
-    assert all((p == 2.5).all() for p in calibrated.parameters())
-    new = lcm.unet.time_embedding.cond_proj.weight
+    base, folder = filled(Model(), 1.0), start_folder(work, "base")
+    base.unet.save_pretrained(folder / "unet")
+    base.language.first.save_pretrained(folder / "text_encoder")
+    base.language.second.save_pretrained(folder / "text_encoder_2")
+    filled(Student(), 0.25).unet.save_pretrained(start_folder(work, "lcm") / "unet")
+    student = start_student(work, filled(start_model(work), 3.0))
+    new = student.unet.time_embedding.cond_proj.weight
     assert (new == 0.25).all()
-    assert all((p == 2.25).all() for p in lcm.parameters() if p is not new)
+    assert all((p == 2.25).all() for p in student.parameters() if p is not new)
+
+
+def test_the_guided_stage_starts_from_the_shipped_weights(work):
+    """Oracle: the shipped files; exact, as they are read at fp16."""
+    from click.testing import CliRunner
+    from consistency import start_student
+    from denoising import load_base
+    from refining import start_refiner
+    from safetensors.torch import load_file
+    from train import main
+
+    names = ("base", "lcm", "refiner")
+    files = {name: TINY / f"{name}.safetensors" for name in names}
+    words = ["start", "--work", work, *files.values()]
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    base = load_base(work)
+    nets = {"base": base, "lcm": start_student(work, base)}
+    nets["refiner"] = start_refiner(work)
+    for name, model in nets.items():
+        shipped = load_file(files[name])
+        first = shipped["model.diffusion_model.input_blocks.0.0.weight"].float()
+        assert torch.equal(model.unet.conv_in.weight.data, first), name
 
 
 @pytest.mark.slow
@@ -178,6 +214,16 @@ def test_calibration_nears_the_teacher_in_50_steps(work, latents):
     student.unet.requires_grad_(requires_grad=True)
     loss_of = calibration_loss(student, teacher, latents)
     assert learns(work, student, loss_of, rate=3e-4, threads=PARTS)
+
+
+@pytest.mark.slow
+def test_guided_base_learns_in_50_steps(work, latents):
+    from denoising import Model
+    from guiding import PARTS, guided_loss
+
+    model = Model()
+    loss_of, groups = guided_loss(model, latents, STEPS, 16), model.groups(1e-3)
+    assert learns(work, model, loss_of, rate=1e-3, groups=groups, threads=PARTS)
 
 
 @pytest.mark.slow
