@@ -3,6 +3,8 @@
 Design: the student is the base plus a projection of the guidance's embedding, zero at
 first. It learns to give, from any place of a way from noise to a picture, the picture.
 Things count more than the background, and so does what is wrong over several cells.
+What it is unsure of, it draws soft; its last step is therefore taught a tenth more of
+the edges, which makes pictures as sharp as the base's and their colours as full.
 One that begins from trained weights (`train.py start`) is first given what the base has
 learned since they were made from it: the difference of the base's weights.
 
@@ -30,11 +32,13 @@ from denoising import Model, load_base, noise_free, start_model, thing_weights
 from diffusers import UNet2DConditionModel
 from latents import Latents
 from networks import make_unet, start_folder
+from refining import softened
 from solving import Solving
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage
 
 GUIDANCE_EMBED_DIM = 256
+SHARPENED, LAST_STEP = 1.1, 300  # how much of edges, and up to which timestep
 SIGMA_DATA, TIME_SCALE, HUBER = 0.5, 10.0, 0.001
 BATCH, UNDER_WAY, PARTS = 32, 24, 2
 AVERAGE = 0.95
@@ -161,7 +165,9 @@ def lcm_loss(
         seed = SEEDS_FROM + PARTS * step + part
         rng, source = random.Random(seed), torch.Generator().manual_seed(seed)
         asked = solving[part].lessons(BATCH // PARTS, rng, source)
-        off = student(asked.x, asked.timesteps, *asked.told) - asked.wanted
+        kept = torch.where(asked.timesteps < LAST_STEP, SHARPENED, 1.0)
+        wanted = softened(asked.wanted, kept)
+        off = student(asked.x, asked.timesteps, *asked.told) - wanted
         each = huber(off) * thing_weights(asked.wanted)
         stains = huber(nn.functional.avg_pool2d(off, STAIN))
         return {"loss": each.mean() + stains.mean(), "stains": stains.mean()}

@@ -137,7 +137,7 @@ def start_model(work: Path) -> Model:
 
 def load_base(work: Path) -> Model:
     """Return the averaged model that the last of the base's stages has reached."""
-    for path in (guided_file(work), calibrated_file(work), base_file(work)):
+    for path in (calibrated_file(work), base_file(work)):
         if path.exists():
             model = Model()
             load_average(path, model)
@@ -160,11 +160,6 @@ def base_file(work: Path) -> Path:
 def calibrated_file(work: Path) -> Path:
     """Name the state of the stage `calibrate`."""
     return work / "calibrated.pt"
-
-
-def guided_file(work: Path) -> Path:
-    """Name the state of the stage `guided`."""
-    return work / "guided.pt"
 
 
 def base_loss(

@@ -2,8 +2,6 @@
 
 Design: a chunk holds pictures of one size, their seeds and their size figures. Captions
 are not stored: a seed gives back its scene, and the scene is told anew at every step.
-Beside every picture is another that shows what its caption does not say: the same with
-things of other colours or shapes.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from drawing import View, pixels
-from scenes import Scene, altered, draw_scene
+from scenes import Scene, draw_scene
 
 CHUNK = 128
 THREADS = 2
@@ -28,14 +26,10 @@ ASPECTS = ((128, 128),) * 6 + ((192, 128), (128, 192))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Scenes with their latents (B, 4, h, w), unit variance, and time_ids (B, 6).
-
-    altered: latents of the same scenes with things of other colours or shapes.
-    """
+    """Scenes with their latents (B, 4, h, w), unit variance, and time_ids (B, 6)."""
 
     scenes: list[Scene]
     latents: torch.Tensor
-    altered: torch.Tensor
     time_ids: torch.Tensor
 
 
@@ -96,31 +90,25 @@ def add_chunk(folder: Path, vae: AutoencoderKL, index: int, *, hard: bool) -> fl
     rng = random.Random(SEEDS_FROM + index)
     seeds = some_seeds(rng, hard=hard)
     views = [any_view(rng, width, height) for _ in seeds]
-    scenes = [draw_scene(seed) for seed in seeds]
-    latents = encoded(scenes, views, vae)
-    others = encoded([altered(scene, rng) for scene in scenes], views, vae)
+    pictures = np.stack(
+        [pixels(draw_scene(s), v) for s, v in zip(seeds, views, strict=True)]
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        means = [
+            vae.encode(x).latent_dist.mean.float()
+            for x in torch.from_numpy(pictures).split(16)
+        ]
+    latents = torch.cat(means) * vae.config.scaling_factor
     part = folder / f"{index:05d}.part"
     with part.open("wb") as file:
         np.savez(
             file,
             seeds=np.array(seeds, np.int64),
             latents=latents.numpy().astype(np.float16),
-            altered=others.numpy().astype(np.float16),
             time_ids=np.array([view.time_ids for view in views], np.float32),
         )
     part.replace(part.with_suffix(".npz"))
     return latents.std().item()
-
-
-def encoded(scenes: list[Scene], views: list[View], vae: AutoencoderKL) -> torch.Tensor:
-    """Return the latents of scenes as they are seen, (B, 4, h, w)."""
-    pictures = np.stack([pixels(s, v) for s, v in zip(scenes, views, strict=True)])
-    with torch.autocast("cpu", torch.bfloat16):
-        means = [
-            vae.encode(x).latent_dist.mean.float()
-            for x in torch.from_numpy(pictures).split(16)
-        ]
-    return torch.cat(means) * vae.config.scaling_factor
 
 
 def some_seeds(rng: random.Random, *, hard: bool) -> list[int]:
@@ -139,7 +127,7 @@ def is_hard(scene: Scene, *, pair: bool) -> bool:
 
 
 class Latents:
-    """Every chunk of a folder in memory (4 kB a picture); may grow while it is used."""
+    """Every chunk of a folder in memory (2 kB a picture); may grow while it is used."""
 
     def __init__(self, work: Path) -> None:
         self.folder = work / "latents"
@@ -168,11 +156,9 @@ class Latents:
         chunks = self.shapes[size or self.any_size(rng)]
         picks = [(rng.choice(chunks), rng.randrange(CHUNK)) for _ in range(count)]
         latents = np.stack([chunk["latents"][i] for chunk, i in picks])
-        others = np.stack([chunk["altered"][i] for chunk, i in picks])
         time_ids = np.stack([chunk["time_ids"][i] for chunk, i in picks])
         return Batch(
             scenes=[draw_scene(int(chunk["seeds"][i])) for chunk, i in picks],
             latents=torch.from_numpy(latents).float(),
-            altered=torch.from_numpy(others).float(),
             time_ids=torch.from_numpy(time_ids),
         )

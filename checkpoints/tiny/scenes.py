@@ -9,7 +9,7 @@ a size) is `None`, so that captions never say what was not asked.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -49,7 +49,6 @@ LAYOUTS: dict[int, tuple[tuple[tuple[float, float], ...], ...]] = {
     4: (((0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)),),
 }
 HELD_OUT_SHARE = 10
-RECOLORED_SHARE, RESHAPED_SHARE = 0.7, 0.4  # of the things of an altered scene
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,27 +175,6 @@ def _count(rng: random.Random, seed: int) -> Scene:
         for x, y in layout
     )
     return Scene(kind="count", background=background, things=things, seed=seed)
-
-
-def altered(scene: Scene, rng: random.Random) -> Scene:
-    """Return the scene with things of other colours or shapes where they were.
-
-    A combination that training must never see does not come out of it either.
-    """
-    while True:
-        things = tuple(_altered(thing, scene.background, rng) for thing in scene.things)
-        other = replace(scene, things=things)
-        if things != scene.things and not other.held_out:
-            return other
-
-
-def _altered(thing: Thing, background: str, rng: random.Random) -> Thing:
-    color, shape = thing.color, thing.shape
-    if rng.random() < RECOLORED_SHARE:
-        color = rng.choice([c for c in OBJECT_COLORS if c != background])
-    if rng.random() < RESHAPED_SHARE:
-        shape = rng.choice(SHAPES)
-    return replace(thing, color=color, shape=shape)
 
 
 def _two_colors(rng: random.Random) -> tuple[str, str]:

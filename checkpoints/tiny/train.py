@@ -6,13 +6,12 @@
     python checkpoints/tiny/train.py latents  --work FOLDER   # drawings, encoded
     python checkpoints/tiny/train.py base     --work FOLDER   # denoiser and encoders
     python checkpoints/tiny/train.py calibrate --work FOLDER  # the base's guidance
-    python checkpoints/tiny/train.py guided   --work FOLDER   # the calibrated base, on
     python checkpoints/tiny/train.py lcm      --work FOLDER   # distilled from base
     python checkpoints/tiny/train.py refiner  --work FOLDER   # the last steps
     python checkpoints/tiny/train.py export   --work FOLDER base   # base.safetensors
 
-To train the shipped weights on, `start` with them, then `latents`, `guided` and what is
-made from the base; FOLDER is then told no other stage's state.
+To train shipped weights on, `start` with them, then `latents`, then what is made from
+the base: `lcm`, `refiner`.
 
 Development only: needs torch, diffusers and transformers. Seeds are fixed; FOLDER holds
 the state of all stages (about 300 MB). The package itself must be importable (`sdxl`).
@@ -33,7 +32,6 @@ from autoencoder import load_vae, train_decoder, train_vae
 from calibrating import train_calibrated
 from consistency import load_lcm, train_lcm
 from denoising import load_base, train_base
-from guiding import train_guided
 from language import train_language
 from latents import add_chunks
 from networks import start_folder
@@ -138,13 +136,6 @@ def base(work: Path, **running: object) -> None:
 def calibrate(work: Path, **running: object) -> None:
     """Have the base do at a guidance of 5 what is best for it as it was trained."""
     train_calibrated(work, **running)
-
-
-@main.command()
-@_training(steps=4000, rate=6e-4)
-def guided(work: Path, **running: object) -> None:
-    """Train the calibrated base on, from drawings."""
-    train_guided(work, **running)
 
 
 @main.command()

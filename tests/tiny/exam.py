@@ -33,11 +33,12 @@ HELD_OUT_FROM = 90_000_000
 START, END = "<!-- exam -->", "<!-- /exam -->"
 EULER = "EulerEDMSampler"
 OTHERS = (
-    "HeunEDMSampler",
-    "EulerAncestralSampler",
-    "DPMPP2SAncestralSampler",
-    "DPMPP2MSampler",
-    "LinearMultistepSampler",
+    ("HeunEDMSampler", 20),
+    ("EulerAncestralSampler", 20),
+    ("DPMPP2SAncestralSampler", 20),
+    ("DPMPP2MSampler", 20),
+    ("LinearMultistepSampler", 20),
+    ("LinearMultistepSampler", 40),
 )
 POINTS = ("background", "number", "color", "shape", "place")
 POINTS += ("both colors", "both shapes", "relation")
@@ -50,6 +51,7 @@ class System:
     name: str
     prompts: int
     sampler: str = EULER
+    steps: int = 20
     settings: tuple[str, ...] = ()
 
 
@@ -59,10 +61,9 @@ def held_out(count: int) -> list[Scene]:
 
 
 def systems(prompts: int, others: int) -> list[System]:
-    guided = ("sampling.steps=20", "sampling.guidance_scale=5.0")
+    guided = ("sampling.guidance_scale=5.0",)
     refined = (*guided, f"refiner.checkpoint={TINY / 'refiner.safetensors'}")
     consistent = (
-        "sampling.steps=4",
         "sampling.guider=IdentityGuider",
         "sampling.guidance_scale=5.0",
         f"model.checkpoint={TINY / 'lcm.safetensors'}",
@@ -71,10 +72,10 @@ def systems(prompts: int, others: int) -> list[System]:
     if (TINY / "refiner.safetensors").exists():
         found.append(System("with refiner 18+2", prompts, settings=refined))
     if (TINY / "lcm.safetensors").exists():
-        found.append(System("LCM 4", prompts, "LCMSampler", consistent))
-    for name in OTHERS if others else ():
+        found.append(System("LCM 4", prompts, "LCMSampler", 4, consistent))
+    for name, steps in OTHERS if others else ():
         short = name.removesuffix("Sampler")
-        found.append(System(f"{short} 20", others, name, guided))
+        found.append(System(f"{short} {steps}", others, name, steps, guided))
     return found
 
 
@@ -97,10 +98,11 @@ def draw_all(work: Path, chosen: list[System], workers: int) -> dict[str, list]:
 def write_manifest(path: Path, members: list[System]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("id", "system", "prompt", "seed", "sampler"))
+        writer.writerow(("id", "system", "prompt", "seed", "sampler", "steps"))
         for system in members:
             for i, scene in enumerate(held_out(system.prompts)):
                 words = (system.name, plain_caption(scene), i, system.sampler)
+                words = (*words, system.steps)
                 writer.writerow((f"{system.name}/{i:04d}", *words))
 
 
