@@ -30,9 +30,8 @@ import torch
 from calibrating import STAIN
 from denoising import Model, load_base, noise_free, start_model, thing_weights
 from diffusers import UNet2DConditionModel
-from latents import Latents
+from latents import Latents, softened
 from networks import make_unet, start_folder
-from refining import softened
 from solving import Solving
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage

@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from drawing import View, pixels
 from scenes import Scene, draw_scene
+from torch import nn
 
 CHUNK = 128
 THREADS = 2
@@ -162,3 +163,9 @@ class Latents:
             latents=torch.from_numpy(latents).float(),
             time_ids=torch.from_numpy(time_ids),
         )
+
+
+def softened(latents: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Keep a share (B,) of what stands out from the mean of a cell's neighbourhood."""
+    mean = nn.functional.avg_pool2d(latents, 3, 1, 1, count_include_pad=False)
+    return torch.lerp(mean, latents, kept[:, None, None, None])

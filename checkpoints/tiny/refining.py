@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ from denoising import (
 )
 from diffusers import UNet2DConditionModel
 from language import SECOND, Language
-from latents import Latents
+from latents import Latents, softened
 from networks import make_refiner_unet, start_folder
 from rollouts import GUIDANCE
 from torch import nn
@@ -133,22 +133,19 @@ class Teaching:
 
     @torch.no_grad()
     def next(self, rng: random.Random, source: torch.Generator) -> Seen:
-        """Return pictures of one size: new ones, or two in three times older ones."""
+        """Return pictures of one size: new ones, or, two in three times, older ones."""
         size = self.data.any_size(rng)
         kept = self.seen.setdefault(size, deque(maxlen=KEPT_BATCHES))
         if len(kept) < LEAST_BATCHES or rng.random() < NEW_SHARE:
             kept.append(self._look(size, rng, source))
             return kept[-1]
-        some = [rng.choice(kept) for _ in range(self.count)]
-        at = [rng.randrange(self.count) for _ in some]
-        names = [field.name for field in fields(Seen)]
+        picks = [
+            (vars(rng.choice(kept)), rng.randrange(self.count))
+            for _ in range(self.count)
+        ]
+        names = picks[0][0]
         return Seen(
-            **{
-                name: torch.stack(
-                    [getattr(s, name)[i] for s, i in zip(some, at, strict=True)]
-                )
-                for name in names
-            }
+            **{n: torch.stack([seen[n][i] for seen, i in picks]) for n in names}
         )
 
     def _look(
@@ -222,12 +219,6 @@ def second_encoding(
     ids = torch.from_numpy(SECOND(texts)[0]).long()
     two = language.second(ids, output_hidden_states=True)
     return two.hidden_states[-2], two.text_embeds
-
-
-def softened(latents: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Keep a share (B,) of what stands out from the mean of a cell's neighbourhood."""
-    mean = nn.functional.avg_pool2d(latents, 3, 1, 1, count_include_pad=False)
-    return torch.lerp(mean, latents, kept[:, None, None, None])
 
 
 def refiner_ids(time_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

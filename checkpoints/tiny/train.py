@@ -40,6 +40,7 @@ from refining import load_refiner, train_refiner
 from sdxl.convert import convert
 
 HERE = Path(__file__).parent
+MODELS = ("base", "lcm", "refiner")
 
 
 @click.group(help=__doc__)
@@ -86,10 +87,15 @@ def _training(*, steps: int, rate: float | None = None) -> Callable:
     type=click.Path(exists=True, path_type=Path),
 )
 def start(work: Path, checkpoints: tuple[Path, ...]) -> None:
-    """Begin from CHECKPOINTS (base, lcm, refiner) instead of from nothing."""
-    start_folder(work, "").mkdir(parents=True, exist_ok=True)
+    """Begin from CHECKPOINTS, named for what they are, instead of from nothing."""
     for checkpoint in checkpoints:
-        convert(checkpoint, start_folder(work, checkpoint.stem), layout="diffusers")
+        if checkpoint.stem not in MODELS:
+            names = ", ".join(MODELS)
+            raise click.BadParameter(f"{checkpoint} is named for none of {names}")
+    for checkpoint in checkpoints:
+        folder = start_folder(work, checkpoint.stem)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        convert(checkpoint, folder, layout="diffusers")
 
 
 @main.command()
@@ -154,7 +160,7 @@ def refiner(work: Path, **running: object) -> None:
 
 @main.command()
 @_options
-@click.argument("model", type=click.Choice(["base", "lcm", "refiner"]))
+@click.argument("model", type=click.Choice(MODELS))
 @click.option("--to", type=click.Path(path_type=Path), help="File to write.")
 def export(work: Path, model: str, to: Path | None) -> None:
     """Write MODEL in the original layout, fp16."""

@@ -101,9 +101,8 @@ def write_manifest(path: Path, members: list[System]) -> None:
         writer.writerow(("id", "system", "prompt", "seed", "sampler", "steps"))
         for system in members:
             for i, scene in enumerate(held_out(system.prompts)):
-                words = (system.name, plain_caption(scene), i, system.sampler)
-                words = (*words, system.steps)
-                writer.writerow((f"{system.name}/{i:04d}", *words))
+                asked = (plain_caption(scene), i, system.sampler, system.steps)
+                writer.writerow((f"{system.name}/{i:04d}", system.name, *asked))
 
 
 def run(manifest: Path, folder: Path, settings: tuple[str, ...], workers: int) -> None:

@@ -115,10 +115,9 @@ def test_training_starts_from_the_shipped_weights(work):
     from denoising import load_base
     from refining import start_refiner
     from safetensors.torch import load_file
-    from train import main
+    from train import MODELS, main
 
-    names = ("base", "lcm", "refiner")
-    files = {name: TINY / f"{name}.safetensors" for name in names}
+    files = {name: TINY / f"{name}.safetensors" for name in MODELS}
     words = ["start", "--work", work, *files.values()]
     done = CliRunner().invoke(main, [str(word) for word in words])
     assert done.exit_code == 0, done.output
@@ -129,6 +128,18 @@ def test_training_starts_from_the_shipped_weights(work):
         shipped = load_file(files[name])
         first = shipped["model.diffusion_model.input_blocks.0.0.weight"].float()
         assert torch.equal(model.unet.conv_in.weight.data, first), name
+
+
+def test_training_starts_from_no_file_whose_name_says_nothing(work):
+    from click.testing import CliRunner
+    from train import main
+
+    other = work / "weights.safetensors"
+    other.touch()
+    done = CliRunner().invoke(main, ["start", "--work", str(work), str(other)])
+    assert done.exit_code == 2
+    assert "weights.safetensors is named for none of base, lcm" in done.output
+    assert not (work / "start").exists()
 
 
 @pytest.mark.slow
