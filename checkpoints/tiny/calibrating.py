@@ -96,17 +96,32 @@ def calibration_loss(student: Model, teacher: Model, data: Latents) -> LossOf:
             u, c = teacher.both_noises_in(*asked)
         found_u, found_c = student.both_noises_in(*asked)
         wanted = u + like(on.timesteps) * (c - u)
-        nearer = u + (wanted - u) / GUIDANCE
-        guided = found_u + GUIDANCE * (found_c - found_u)
-        off = guided - wanted
-        errors = (found_u - u).square() + (found_c - nearer).square() + off.square()
-        stains = nn.functional.avg_pool2d(off, STAIN).square()
-        each = errors.mean((1, 2, 3)) + STAIN_WEIGHT * stains.mean((1, 2, 3))
+        each = guided_error(found_u, found_c, u, wanted)
         weights = WEIGHTS[on.timesteps].clamp(max=1)
         on.step(found_u.detach(), found_c.detach(), source)
         return {"loss": (each * weights).mean()}
 
     return loss_of
+
+
+def guided_error(
+    found_u: torch.Tensor,
+    found_c: torch.Tensor,
+    u: torch.Tensor,
+    wanted: torch.Tensor,
+    weights: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
+    """Return how wrong (B,) predictions are, each (B, 4, h, w): u, c, and guided by 5.
+
+    wanted: the guided one; c is to be a fifth of the way from u to it. weights: of
+    cells (B, 1, h, w).
+    """
+    nearer = u + (wanted - u) / GUIDANCE
+    off = found_u + GUIDANCE * (found_c - found_u) - wanted
+    errors = (found_u - u).square() + (found_c - nearer).square() + off.square()
+    stains = nn.functional.avg_pool2d(off, STAIN).square()
+    each = (weights * errors).mean((1, 2, 3))
+    return each + STAIN_WEIGHT * stains.mean((1, 2, 3))
 
 
 def like(timesteps: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,13 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return text.replace("a orange", "an orange")
 
 
+def tells_colors(text: str, scene: Scene) -> bool:
+    """Tell whether a caption names the background and every thing's colour."""
+    words = text.replace(",", " ").split()
+    colors = {scene.background, *(thing.color for thing in scene.things)}
+    return colors.issubset(words)
+
+
 def plain_caption(scene: Scene) -> str:
     """Describe the scene in the one way that the evaluation uses."""
     return caption(scene, _First())

@@ -137,12 +137,12 @@ def start_model(work: Path) -> Model:
 
 def load_base(work: Path) -> Model:
     """Return the averaged model that the last of the base's stages has reached."""
-    for path in (calibrated_file(work), base_file(work)):
-        if path.exists():
-            model = Model()
-            load_average(path, model)
-            return model
-    return start_model(work)
+    return load_first(work, mended_file(work), calibrated_file(work), base_file(work))
+
+
+def load_calibrated(work: Path) -> Model:
+    """Return the averaged base before the stage `mend`."""
+    return load_first(work, calibrated_file(work), base_file(work))
 
 
 def load_uncalibrated(work: Path) -> Model:
@@ -150,6 +150,16 @@ def load_uncalibrated(work: Path) -> Model:
     model = Model()
     load_average(base_file(work), model)
     return model
+
+
+def load_first(work: Path, *states: Path) -> Model:
+    """Return the averaged model of the first state there is, or else the start."""
+    for path in states:
+        if path.exists():
+            model = Model()
+            load_average(path, model)
+            return model
+    return start_model(work)
 
 
 def base_file(work: Path) -> Path:
@@ -160,6 +170,11 @@ def base_file(work: Path) -> Path:
 def calibrated_file(work: Path) -> Path:
     """Name the state of the stage `calibrate`."""
     return work / "calibrated.pt"
+
+
+def mended_file(work: Path) -> Path:
+    """Name the state of the stage `mend`."""
+    return work / "mended.pt"
 
 
 def base_loss(
@@ -198,9 +213,14 @@ def conditions(
     language: Language, scenes: list[Scene], rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return context and pooled of captions, some of which are empty."""
-    return language(
-        ["" if rng.random() < EMPTY_SHARE else caption(scene, rng) for scene in scenes]
-    )
+    return language(some_captions(scenes, rng))
+
+
+def some_captions(scenes: list[Scene], rng: random.Random) -> list[str]:
+    """Describe scenes; some get an empty text."""
+    return [
+        "" if rng.random() < EMPTY_SHARE else caption(scene, rng) for scene in scenes
+    ]
 
 
 def dropped(

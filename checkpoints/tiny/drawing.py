@@ -64,6 +64,13 @@ def pixels(scene: Scene, view: View | None = None) -> np.ndarray:
     return array.transpose(2, 0, 1)
 
 
+def mark_color(color: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return what marks a color: a lighter tone (a darker one when it is light)."""
+    toward = 0 if sum(color) > 380 else 255
+    red, green, blue = (round(0.5 * value + 0.5 * toward) for value in color)
+    return red, green, blue
+
+
 def _shade(color: str, rng: random.Random) -> tuple[int, int, int]:
     red, green, blue = (
         min(255, max(0, value + rng.randint(-5, 5))) for value in COLORS[color]
@@ -117,9 +124,8 @@ def _pattern(
     x: float,
     y: float,
 ) -> Image.Image:
-    """Return `color` marked in a lighter tone of it (a darker one when it is light)."""
-    toward = 0 if sum(color) > 380 else 255
-    mark = tuple(round(0.5 * value + 0.5 * toward) for value in color)
+    """Return `color` with the marks of a texture."""
+    mark = mark_color(color)
     picture = Image.new("RGB", size, color)
     pen = ImageDraw.Draw(picture)
     period = 24 * OVERSAMPLING

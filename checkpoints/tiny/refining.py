@@ -1,13 +1,15 @@
 """Train the refiner: the last fifth of the process, told how good a picture should be.
 
 Design: the base teaches it. What it is to predict is the noise that leaves the picture
-that the guided base sees, with a share of its edges kept, by the aesthetic score: so it
-changes nothing but the edges. It is run at a guidance of 5 between a score and 2.5,
+that the guided base sees, in the colours that were asked for (as in `mending`: what it
+is told, so small a network need not see in the noise), with a share of its edges kept,
+by the aesthetic score. It is run at a guidance of 5 between a score and 2.5,
 which overshoots that share; the share therefore falls slowly at first, so that 6 gives
 edges a thirtieth more than the base's at each step (of an eighth, colours and shapes
 would take harm), and 1 little more than half of them. That guided prediction is held to
 what it should be as well, as in `calibrating`, and more than the others: it is what
-pictures are made of.
+pictures are made of. An empty text names no colours: what it predicts keeps what is
+seen, and a caption has a fifth of the way to go.
 
 Most of the latents come out of guided steps of the base. The refiner reads the second
 encoder alone, and has no zeroed branch: an empty text stands against the caption.
@@ -22,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from autoencoder import load_vae
 from calibrating import STAIN
-from captions import caption
+from captions import caption, tells_colors
 from denoising import (
     SIGMAS,
     Model,
@@ -33,9 +36,10 @@ from denoising import (
     noise_of,
     noised,
 )
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from language import SECOND, Language
 from latents import Latents, softened
+from mending import in_color
 from networks import make_refiner_unet, start_folder
 from rollouts import GUIDANCE
 from torch import nn
@@ -80,10 +84,11 @@ def train_refiner(
     """Train (or resume) the stage `refiner`, with the encoder of the base."""
     torch.manual_seed(5)
     base = load_base(work).eval().requires_grad_(requires_grad=False)
+    vae = load_vae(work).eval().requires_grad_(requires_grad=False)
     refiner = start_refiner(work)
     stage = Stage(
         refiner,
-        refiner_loss(refiner, base, Latents(work)),
+        refiner_loss(refiner, base, vae, Latents(work)),
         steps=steps,
         rate=rate,
         threads=PARTS,
@@ -112,13 +117,15 @@ def load_refiner(work: Path) -> Refiner:
 class Seen:
     """What the base makes of pictures: each tensor (B, ...), of one size of picture.
 
-    x at `timesteps`, the clean latents that the guided base sees in it, the second
-    encoder's context and pooled for the caption, and the size figures.
+    x at `timesteps`, the clean latents that the guided base sees in it, what their
+    right colours add to them, the second encoder's context and pooled for the caption,
+    and the size figures.
     """
 
     x: torch.Tensor
     timesteps: torch.Tensor
     clean: torch.Tensor
+    colors: torch.Tensor
     context: torch.Tensor
     pooled: torch.Tensor
     time_ids: torch.Tensor
@@ -127,8 +134,10 @@ class Seen:
 class Teaching:
     """What the base has seen of late, by size; asking it costs more than learning."""
 
-    def __init__(self, base: Model, data: Latents, count: int) -> None:
-        self.base, self.data, self.count = base, data, count
+    def __init__(
+        self, base: Model, vae: AutoencoderKL, data: Latents, count: int
+    ) -> None:
+        self.base, self.vae, self.data, self.count = base, vae, data, count
         self.seen: dict[tuple[int, ...], deque[Seen]] = {}
 
     @torch.no_grad()
@@ -164,13 +173,20 @@ class Teaching:
         x[:n] = guided_steps(self.base, *where, guidance=BASE_GUIDANCE)
         u, c = self.base.both_noises_in(x, timesteps, *told_base, batch.time_ids)
         clean = noise_free(x, u + GUIDANCE * (c - u), timesteps)
+        colors = torch.zeros_like(clean)
+        told_pairs = enumerate(zip(told, batch.scenes, strict=True))
+        where = [n for n, pair in told_pairs if tells_colors(*pair)]
+        some = [batch.scenes[n] for n in where]
+        colors[where] = in_color(self.vae, clean[where], some)[1]
         context, pooled = second_encoding(self.base.language, told)
-        return Seen(x, timesteps, clean, context, pooled, batch.time_ids)
+        return Seen(x, timesteps, clean, colors, context, pooled, batch.time_ids)
 
 
-def refiner_loss(refiner: Refiner, base: Model, data: Latents) -> LossOf:
+def refiner_loss(
+    refiner: Refiner, base: Model, vae: AutoencoderKL, data: Latents
+) -> LossOf:
     """Return the loss of a step: of a score's prediction, 2.5's, and both guided."""
-    teaching = [Teaching(base, data, BATCH // PARTS) for _ in range(PARTS)]
+    teaching = [Teaching(base, vae, data, BATCH // PARTS) for _ in range(PARTS)]
     with torch.no_grad():
         empty = second_encoding(base.language, [""])
 
@@ -192,8 +208,12 @@ def refiner_loss(refiner: Refiner, base: Model, data: Latents) -> LossOf:
         ).chunk(2)
         kept, least = edges_kept(scores), edges_kept(negative)
         wanted = [
-            noise_of(x, softened(seen.clean, share), timesteps)
-            for share in (kept, least, least + GUIDANCE * (kept - least))
+            noise_of(x, softened(seen.clean + color * seen.colors, share), timesteps)
+            for color, share in (
+                (1 / GUIDANCE, kept),
+                (0.0, least),
+                (1.0, least + GUIDANCE * (kept - least)),
+            )
         ]
         off = low + GUIDANCE * (found - low) - wanted[2]
         each = (found - wanted[0]).square() + (low - wanted[1]).square()

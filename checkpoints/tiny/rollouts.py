@@ -10,8 +10,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from denoising import conditions, noise_free, noised
+from captions import tells_colors
+from denoising import noise_free, noised, some_captions
 from language import Language
 from latents import Batch, Latents
 
@@ -26,12 +28,14 @@ STIRRED_SHARE = 0.3  # of pictures whose noise is partly drawn anew at every ste
 class Rollout:
     """A batch of pictures of one size, x (B, 4, h, w) at `timesteps` (B,).
 
-    Per picture: the conditioning, how far a step goes down, the guidance, and how much
-    of the noise's amplitude is drawn anew at every step (both (B, 1, 1, 1)).
+    Per picture: its scene, or None where the caption leaves a colour out (B,); the
+    conditioning, how far a step goes down, the guidance, and how much of the noise's
+    amplitude is drawn anew at every step (both (B, 1, 1, 1)).
     """
 
     x: torch.Tensor
     timesteps: torch.Tensor
+    asked: np.ndarray
     context: torch.Tensor
     pooled: torch.Tensor
     time_ids: torch.Tensor
@@ -51,7 +55,8 @@ class Rollout:
     def replace(self, where: torch.Tensor, other: Rollout) -> None:
         """Put the pictures of another, as many, in the places where `where` (B,)."""
         for name, value in vars(self).items():
-            value[where] = getattr(other, name)
+            places = where if isinstance(value, torch.Tensor) else where.numpy()
+            value[places] = getattr(other, name)
 
 
 class Rollouts:
@@ -91,13 +96,18 @@ class Rollouts:
     ) -> Rollout:
         """Begin at noise alone."""
         count = len(batch.scenes)
-        context, pooled = conditions(self.language, batch.scenes, rng)
+        texts = some_captions(batch.scenes, rng)
+        context, pooled = self.language(texts)
+        asked = np.empty(count, object)
+        for n, (scene, text) in enumerate(zip(batch.scenes, texts, strict=True)):
+            asked[n] = scene if tells_colors(text, scene) else None
         draws = torch.rand(4, count, 1, 1, 1, generator=source)
         low, high = OTHER_GUIDANCE
         other = low + (high - low) * draws[1]
         return Rollout(
             x=torch.randn(batch.latents.shape, generator=source),
             timesteps=torch.full((count,), LAST),
+            asked=asked,
             context=context,
             pooled=pooled,
             time_ids=batch.time_ids,

@@ -6,6 +6,7 @@
     python checkpoints/tiny/train.py latents  --work FOLDER   # drawings, encoded
     python checkpoints/tiny/train.py base     --work FOLDER   # denoiser and encoders
     python checkpoints/tiny/train.py calibrate --work FOLDER  # the base's guidance
+    python checkpoints/tiny/train.py mend     --work FOLDER   # the base's colours
     python checkpoints/tiny/train.py lcm      --work FOLDER   # distilled from base
     python checkpoints/tiny/train.py refiner  --work FOLDER   # the last steps
     python checkpoints/tiny/train.py export   --work FOLDER base   # base.safetensors
@@ -34,6 +35,7 @@ from consistency import load_lcm, train_lcm
 from denoising import load_base, train_base
 from language import train_language
 from latents import add_chunks
+from mending import train_mended
 from networks import start_folder
 from refining import load_refiner, train_refiner
 
@@ -142,6 +144,13 @@ def base(work: Path, **running: object) -> None:
 def calibrate(work: Path, **running: object) -> None:
     """Have the base do at a guidance of 5 what is best for it as it was trained."""
     train_calibrated(work, **running)
+
+
+@main.command()
+@_training(steps=1200, rate=6e-5)
+def mend(work: Path, **running: object) -> None:
+    """Have the base give things the colours that were asked for."""
+    train_mended(work, **running)
 
 
 @main.command()

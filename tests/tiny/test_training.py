@@ -212,6 +212,20 @@ def test_calibration_nears_the_teacher_in_50_steps(work, latents):
 
 
 @pytest.mark.slow
+def test_mending_nears_the_teacher_in_50_steps(work, latents):
+    """From weights of its own: a copy would begin where it is to end, nearly."""
+    from denoising import Model
+    from mending import PARTS, mending_loss
+    from networks import make_vae
+
+    teacher = Model().requires_grad_(requires_grad=False)
+    student, vae = Model(), make_vae().requires_grad_(requires_grad=False)
+    student.language = teacher.language
+    loss_of = mending_loss(student, teacher, vae, latents)
+    assert learns(work, student, loss_of, rate=3e-4, threads=PARTS)
+
+
+@pytest.mark.slow
 def test_consistency_model_nears_the_ends_of_ways_in_50_steps(work, latents):
     """Of ways it was not taught: those that it is taught get longer at first."""
     from consistency import PARTS, Student, guided_noise, lcm_loss
@@ -242,8 +256,10 @@ def test_consistency_model_nears_the_ends_of_ways_in_50_steps(work, latents):
 @pytest.mark.slow
 def test_refiner_learns_in_50_steps(work, latents):
     from denoising import Model
+    from networks import make_vae
     from refining import PARTS, Refiner, refiner_loss
 
     base, refiner = Model().requires_grad_(requires_grad=False), Refiner()
-    loss_of = refiner_loss(refiner, base, latents)
+    vae = make_vae().requires_grad_(requires_grad=False)
+    loss_of = refiner_loss(refiner, base, vae, latents)
     assert learns(work, refiner, loss_of, rate=1e-3, threads=PARTS)
