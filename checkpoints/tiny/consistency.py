@@ -2,7 +2,8 @@
 
 Design: the student is the base plus a projection of the guidance's embedding, zero at
 first. It learns to give, from any place of a way from noise to a picture, the picture.
-Things count more than the background, and so does what is wrong over several cells.
+Things count more than the background, and so does what is wrong over several cells;
+some pictures are compared in pixels too, for the sake of colours (see `mending`).
 What it is unsure of, it draws soft; its last step is therefore taught a tenth more of
 the edges, which makes pictures as sharp as the base's and their colours as full.
 One that begins from trained weights (`train.py start`) is first given what the base has
@@ -27,10 +28,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from autoencoder import load_vae
 from calibrating import STAIN
 from denoising import Model, load_base, noise_free, start_model, thing_weights
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from latents import Latents, softened
+from mending import decoded
 from networks import make_unet, start_folder
 from solving import Solving
 from torch import nn
@@ -40,6 +43,7 @@ GUIDANCE_EMBED_DIM = 256
 SHARPENED, LAST_STEP = 1.1, 300  # how much of edges, and up to which timestep
 SIGMA_DATA, TIME_SCALE, HUBER = 0.5, 10.0, 0.001
 BATCH, UNDER_WAY, PARTS = 32, 24, 2
+SHOWN = 6  # of a part's pictures, how many are compared in pixels
 AVERAGE = 0.95
 SEEDS_FROM = 51_000_000
 
@@ -93,11 +97,12 @@ def train_lcm(
     """Train (or resume) the stage `lcm`, from the averaged base."""
     torch.manual_seed(4)
     teacher = load_base(work).eval().requires_grad_(requires_grad=False)
+    vae = load_vae(work).eval().requires_grad_(requires_grad=False)
     student = start_student(work, teacher)
     target = copy.deepcopy(student).requires_grad_(requires_grad=False)
     stage = Stage(
         student,
-        lcm_loss(student, target, teacher, Latents(work)),
+        lcm_loss(student, target, teacher, vae, Latents(work)),
         steps=steps,
         rate=rate,
         threads=PARTS,
@@ -148,7 +153,11 @@ def follow(target: Student, stage: Stage) -> Callable[[], None]:
 
 
 def lcm_loss(
-    student: Student, target: Student, teacher: Model, data: Latents
+    student: Student,
+    target: Student,
+    teacher: Model,
+    vae: AutoencoderKL,
+    data: Latents,
 ) -> LossOf:
     """Return the loss of a step: how far the student is from where ways have led."""
 
@@ -156,7 +165,7 @@ def lcm_loss(
         return guided_noise(teacher, x, *told)
 
     solving = [
-        Solving(data, teacher, noise_in, target, UNDER_WAY // PARTS)
+        Solving(data, teacher, noise_in, target, count=UNDER_WAY // PARTS)
         for _ in range(PARTS)
     ]
 
@@ -166,10 +175,15 @@ def lcm_loss(
         asked = solving[part].lessons(BATCH // PARTS, rng, source)
         kept = torch.where(asked.timesteps < LAST_STEP, SHARPENED, 1.0)
         wanted = softened(asked.wanted, kept)
-        off = student(asked.x, asked.timesteps, *asked.told) - wanted
+        drawn = student(asked.x, asked.timesteps, *asked.told)
+        off = drawn - wanted
         each = huber(off) * thing_weights(asked.wanted)
         stains = huber(nn.functional.avg_pool2d(off, STAIN))
-        return {"loss": each.mean() + stains.mean(), "stains": stains.mean()}
+        with torch.no_grad():
+            pictures = decoded(vae, wanted[:SHOWN])
+        pixels = huber(decoded(vae, drawn[:SHOWN]) - pictures).mean()
+        loss = each.mean() + stains.mean() + pixels
+        return {"loss": loss, "stains": stains.mean(), "pixels": pixels}
 
     return loss_of
 

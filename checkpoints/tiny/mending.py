@@ -97,10 +97,15 @@ def mending_loss(
         off = (drawn - pictures).square().mean((1, 2, 3))
         each = each.index_add(0, where, PIXELS * off)
         on.step(found_u.detach(), found_c.detach(), source)
-        loss = (ROBUST * each).log1p().mean() / ROBUST
-        return {"loss": loss, "pixels": off.mean() if len(where) else off.sum()}
+        pixels = off.sum() / max(1, len(where))
+        return {"loss": robust(each).mean(), "pixels": pixels}
 
     return loss_of
+
+
+def robust(errors: torch.Tensor) -> torch.Tensor:
+    """Let pictures that are wholly wrong count for less than their error."""
+    return (ROBUST * errors).log1p() / ROBUST
 
 
 def shaped(on: Rollout) -> torch.Tensor:

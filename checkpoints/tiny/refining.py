@@ -1,59 +1,50 @@
 """Train the refiner: the last fifth of the process, told how good a picture should be.
 
-Design: the base teaches it. What it is to predict is the noise that leaves the picture
-that the guided base sees, in the colours that were asked for (as in `mending`: what it
-is told, so small a network need not see in the noise), with a share of its edges kept,
-by the aesthetic score. It is run at a guidance of 5 between a score and 2.5,
-which overshoots that share; the share therefore falls slowly at first, so that 6 gives
-edges a thirtieth more than the base's at each step (of an eighth, colours and shapes
+Design: the base teaches it. Pictures are solved by the guided base from noise to their
+end, and the refiner learns, from every place at low noise on the way, that end, with a
+share of its edges kept, by the aesthetic score. It is run at a guidance of 5 between a
+score and 2.5, which overshoots that share; the share therefore falls slowly at first,
+so that 6 gives edges a fifteenth more than the base's (of an eighth, colours and shapes
 would take harm), and 1 little more than half of them. That guided prediction is held to
 what it should be as well, as in `calibrating`, and more than the others: it is what
-pictures are made of. An empty text names no colours: what it predicts keeps what is
-seen, and a caption has a fifth of the way to go.
+pictures are made of.
 
-Most of the latents come out of guided steps of the base. The refiner reads the second
-encoder alone, and has no zeroed branch: an empty text stands against the caption.
+Drawings with noise added would not do: what the base has left of a picture's noise is
+of the base's making, and tells where the base was going. A colour is read from that
+more surely than through noise that means nothing.
+
+The refiner reads the second encoder alone, and has no zeroed branch: an empty text
+stands against the caption.
 """
 
 from __future__ import annotations
 
-import math
 import random
-from collections import deque
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from autoencoder import load_vae
 from calibrating import STAIN
-from captions import caption, tells_colors
-from denoising import (
-    SIGMAS,
-    Model,
-    guided_steps,
-    load_base,
-    noise_free,
-    noise_of,
-    noised,
-)
+from consistency import guided_noise
+from denoising import SIGMAS, Model, load_base, noise_free, noise_of
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from language import SECOND, Language
 from latents import Latents, softened
-from mending import in_color
+from mending import decoded
 from networks import make_refiner_unet, start_folder
 from rollouts import GUIDANCE
+from solving import Solving
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage
 
-BATCH, PARTS = 32, 2
-EMPTY_SHARE = 0.1
+BATCH, UNDER_WAY, PARTS = 32, 24, 2
 HIGHEST_TIMESTEP = 200
 NEGATIVE_SCORE = 2.5  # what the refiner is run with
 BEST_SCORE, WORST_SCORE = 6.0, 1.0
-SOFTEST, FALL = 0.1, 7  # what the worst score takes off edges; how late others follow
-BASE_SHARE, BASE_GUIDANCE = 0.75, (4.0, 6.0)  # of latents, from steps of the base
-NEW_SHARE, KEPT_BATCHES, LEAST_BATCHES = 0.33, 60, 4  # of what the base has seen
+SOFTEST, FALL = 0.1, 5  # what the worst score takes off edges; how late others follow
 EACH_WEIGHT, STAIN_WEIGHT = 0.2, 4.0  # of unguided predictions; of what is off at once
+SHOWN, PIXELS = 8, 10.0  # how many of a part's pictures are compared in pixels; weight
 CLEAR = 0.2  # sigma up to which what is wrong with the picture counts, not the noise
 SEEDS_FROM = 60_000_000
 
@@ -113,88 +104,25 @@ def load_refiner(work: Path) -> Refiner:
     return refiner
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What the base makes of pictures: each tensor (B, ...), of one size of picture.
-
-    x at `timesteps`, the clean latents that the guided base sees in it, what their
-    right colours add to them, the second encoder's context and pooled for the caption,
-    and the size figures.
-    """
-
-    x: torch.Tensor
-    timesteps: torch.Tensor
-    clean: torch.Tensor
-    colors: torch.Tensor
-    context: torch.Tensor
-    pooled: torch.Tensor
-    time_ids: torch.Tensor
-
-
-class Teaching:
-    """What the base has seen of late, by size; asking it costs more than learning."""
-
-    def __init__(
-        self, base: Model, vae: AutoencoderKL, data: Latents, count: int
-    ) -> None:
-        self.base, self.vae, self.data, self.count = base, vae, data, count
-        self.seen: dict[tuple[int, ...], deque[Seen]] = {}
-
-    @torch.no_grad()
-    def next(self, rng: random.Random, source: torch.Generator) -> Seen:
-        """Return pictures of one size: new ones, or, two in three times, older ones."""
-        size = self.data.any_size(rng)
-        kept = self.seen.setdefault(size, deque(maxlen=KEPT_BATCHES))
-        if len(kept) < LEAST_BATCHES or rng.random() < NEW_SHARE:
-            kept.append(self._look(size, rng, source))
-            return kept[-1]
-        picks = [
-            (vars(rng.choice(kept)), rng.randrange(self.count))
-            for _ in range(self.count)
-        ]
-        names = picks[0][0]
-        return Seen(
-            **{n: torch.stack([seen[n][i] for seen, i in picks]) for n in names}
-        )
-
-    def _look(
-        self, size: tuple[int, ...], rng: random.Random, source: torch.Generator
-    ) -> Seen:
-        """Let the base come down to low noise, and look."""
-        batch = self.data.batch(rng, self.count, size)
-        texts = [caption(scene, rng) for scene in batch.scenes]
-        told = ["" if rng.random() < EMPTY_SHARE else text for text in texts]
-        timesteps = torch.randint(0, HIGHEST_TIMESTEP, (self.count,), generator=source)
-        noise = torch.randn(batch.latents.shape, generator=source)
-        x = noised(batch.latents, noise, timesteps)
-        told_base = self.base.language(texts)
-        n = math.ceil(BASE_SHARE * self.count)
-        where = (batch, noise, timesteps, told_base, source, n)
-        x[:n] = guided_steps(self.base, *where, guidance=BASE_GUIDANCE)
-        u, c = self.base.both_noises_in(x, timesteps, *told_base, batch.time_ids)
-        clean = noise_free(x, u + GUIDANCE * (c - u), timesteps)
-        colors = torch.zeros_like(clean)
-        told_pairs = enumerate(zip(told, batch.scenes, strict=True))
-        where = [n for n, pair in told_pairs if tells_colors(*pair)]
-        some = [batch.scenes[n] for n in where]
-        colors[where] = in_color(self.vae, clean[where], some)[1]
-        context, pooled = second_encoding(self.base.language, told)
-        return Seen(x, timesteps, clean, colors, context, pooled, batch.time_ids)
-
-
 def refiner_loss(
     refiner: Refiner, base: Model, vae: AutoencoderKL, data: Latents
 ) -> LossOf:
     """Return the loss of a step: of a score's prediction, 2.5's, and both guided."""
-    teaching = [Teaching(base, vae, data, BATCH // PARTS) for _ in range(PARTS)]
+    noise_in = partial(guided_noise, base)
+    solving = [
+        Solving(data, base, noise_in, count=UNDER_WAY // PARTS, below=HIGHEST_TIMESTEP)
+        for _ in range(PARTS)
+    ]
     with torch.no_grad():
         empty = second_encoding(base.language, [""])
 
     def loss_of(step: int, part: int) -> dict[str, torch.Tensor]:
         seed = SEEDS_FROM + PARTS * step + part
         rng, source = random.Random(seed), torch.Generator().manual_seed(seed)
-        seen = teaching[part].next(rng, source)
-        x, timesteps = seen.x, seen.timesteps
+        asked = solving[part].lessons(BATCH // PARTS, rng, source)
+        x, timesteps = asked.x, asked.timesteps
+        _, context, pooled, time_ids = asked.told
+        context = context[..., -empty[0].shape[-1] :]
         scores = torch.rand(len(x), generator=source)
         scores = WORST_SCORE + (BEST_SCORE - WORST_SCORE) * scores
         scores[::2] = BEST_SCORE
@@ -202,18 +130,14 @@ def refiner_loss(
         found, low = refiner.noise_in(
             torch.cat((x, x)),
             torch.cat((timesteps, timesteps)),
-            torch.cat((seen.context, empty[0].expand_as(seen.context))),
-            torch.cat((seen.pooled, empty[1].expand_as(seen.pooled))),
-            torch.cat([refiner_ids(seen.time_ids, s) for s in (scores, negative)]),
+            torch.cat((context, empty[0].expand_as(context))),
+            torch.cat((pooled, empty[1].expand_as(pooled))),
+            torch.cat([refiner_ids(time_ids, s) for s in (scores, negative)]),
         ).chunk(2)
         kept, least = edges_kept(scores), edges_kept(negative)
         wanted = [
-            noise_of(x, softened(seen.clean + color * seen.colors, share), timesteps)
-            for color, share in (
-                (1 / GUIDANCE, kept),
-                (0.0, least),
-                (1.0, least + GUIDANCE * (kept - least)),
-            )
+            noise_of(x, softened(asked.wanted, share), timesteps)
+            for share in (kept, least, least + GUIDANCE * (kept - least))
         ]
         off = low + GUIDANCE * (found - low) - wanted[2]
         each = (found - wanted[0]).square() + (low - wanted[1]).square()
@@ -221,7 +145,14 @@ def refiner_loss(
         guided = off.square().mean((1, 2, 3))
         weights = (SIGMAS[timesteps] / CLEAR).square().clamp(max=1)
         errors = guided + EACH_WEIGHT * each.mean((1, 2, 3)) + STAIN_WEIGHT * stains
-        return {"loss": (errors * weights).mean(), "guided": (guided * weights).mean()}
+        drawn, right = (
+            noise_free(x, n, timesteps) for n in (off + wanted[2], wanted[2])
+        )
+        with torch.no_grad():
+            pictures = decoded(vae, right[:SHOWN])
+        pixels = (decoded(vae, drawn[:SHOWN]) - pictures).square().mean()
+        loss = (errors * weights).mean() + PIXELS * pixels
+        return {"loss": loss, "guided": (guided * weights).mean(), "pixels": pixels}
 
     return loss_of
 

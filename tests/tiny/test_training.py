@@ -230,6 +230,7 @@ def test_consistency_model_nears_the_ends_of_ways_in_50_steps(work, latents):
     """Of ways it was not taught: those that it is taught get longer at first."""
     from consistency import PARTS, Student, guided_noise, lcm_loss
     from denoising import Model
+    from networks import make_vae
     from solving import Solving
     from training import Stage, run_stage
 
@@ -237,7 +238,9 @@ def test_consistency_model_nears_the_ends_of_ways_in_50_steps(work, latents):
     student = Student()
     student.start_from(teacher)
     target = copy.deepcopy(student).requires_grad_(requires_grad=False)
-    solving = Solving(latents, teacher, partial(guided_noise, teacher), target, 12)
+    solving = Solving(
+        latents, teacher, partial(guided_noise, teacher), target, count=12
+    )
     asked = solving.lessons(64, random.Random(1), torch.Generator().manual_seed(1))
 
     @torch.no_grad()
@@ -246,7 +249,8 @@ def test_consistency_model_nears_the_ends_of_ways_in_50_steps(work, latents):
         return (drawn - asked.wanted).abs().mean()
 
     before = error()
-    loss_of = lcm_loss(student, target, teacher, latents)
+    vae = make_vae().requires_grad_(requires_grad=False)
+    loss_of = lcm_loss(student, target, teacher, vae, latents)
     state_file = work / "lcm.pt"
     how = {"steps": STEPS, "rate": 1e-3, "threads": PARTS, "state_file": state_file}
     run_stage(Stage(student, loss_of, **how))
