@@ -165,7 +165,7 @@ def lcm_loss(
         return guided_noise(teacher, x, *told)
 
     solving = [
-        Solving(data, teacher, noise_in, target, count=UNDER_WAY // PARTS)
+        Solving(data, teacher, noise_in, target, UNDER_WAY // PARTS)
         for _ in range(PARTS)
     ]
 

@@ -6,7 +6,7 @@ the copy's own ways, as in `calibrating`, but what it sees in them is first deco
 recoloured as the caption says, and encoded again; the copy is to predict the noise that
 leaves that. What decoding and encoding alone would change is left out. Its picture is
 held to the recoloured one as well, in pixels: neighbours among colours are a tenth as
-far from each other in latents as black and white are, in pixels a third.
+far from each other in latents as black and white are, in pixels a quarter.
 
 In a picture that has not taken shape, and for a caption that leaves a colour out, the
 copy is held to its teacher; so is its prediction without a caption, always.

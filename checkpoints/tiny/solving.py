@@ -41,12 +41,6 @@ class Way:
     seen: list[tuple[torch.Tensor, int]]
     end: torch.Tensor | None = None
 
-    def go_on(self, x: torch.Tensor, timestep: int, below: int) -> None:
-        """Add a place; forget the last one if it is not of timesteps `below`."""
-        if self.seen[-1][1] >= below:
-            self.seen.pop()
-        self.seen.append((x, timestep))
-
 
 @dataclass(frozen=True)
 class Lessons:
@@ -65,8 +59,7 @@ class Solving:
     """Ways of pictures of every size in `data`, `count` of each under way.
 
     `noise_in` predicts the noise as the guided base does, `draws` the picture as the
-    model of few steps does; without one, every way begins at noise. Lessons are of
-    timesteps less than `below`.
+    model of few steps does.
     """
 
     def __init__(
@@ -74,12 +67,10 @@ class Solving:
         data: Latents,
         teacher: Model,
         noise_in: Predicts,
-        draws: Predicts | None = None,
-        *,
+        draws: Predicts,
         count: int,
-        below: int = LAST + 1,
     ) -> None:
-        self.data, self.teacher, self.count, self.below = data, teacher, count, below
+        self.data, self.teacher, self.count = data, teacher, count
         self.noise_in, self.draws = noise_in, draws
         self.under_way: dict[tuple[int, ...], list[Way]] = {}
         self.whole: dict[tuple[int, ...], deque[Way]] = {}
@@ -95,8 +86,7 @@ class Solving:
         while len(whole) < AT_FIRST:
             self.go_on(size, rng, source)
         ways = [rng.choice(whole) for _ in range(count)]
-        start_share = START_SHARE if self.draws else 0.0
-        first = [rng.random() < start_share for _ in ways]
+        first = [rng.random() < START_SHARE for _ in ways]
         seen = [
             way.seen[0] if at else rng.choice(way.seen)
             for way, at in zip(ways, first, strict=True)
@@ -126,7 +116,7 @@ class Solving:
         over = []
         for n, timestep in enumerate(lower.tolist()):
             if timestep >= 0:
-                ways[n].go_on(x[n], timestep, self.below)
+                ways[n].seen.append((x[n], timestep))
             else:
                 ways[n].end = clean[n]
                 over.append(ways[n])
@@ -143,9 +133,7 @@ class Solving:
         source: torch.Generator,
     ) -> list[Way]:
         """Begin as many ways as are over: lower, or of another caption."""
-        lower = [
-            way.seen[0][1] - rng.randint(*FALLS) if self.draws else 0 for way in over
-        ]
+        lower = [way.seen[0][1] - rng.randint(*FALLS) for way in over]
         again = [(way, low) for way, low in zip(over, lower, strict=True) if low > 0]
         begun = []
         if again:

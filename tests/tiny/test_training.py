@@ -238,9 +238,7 @@ def test_consistency_model_nears_the_ends_of_ways_in_50_steps(work, latents):
     student = Student()
     student.start_from(teacher)
     target = copy.deepcopy(student).requires_grad_(requires_grad=False)
-    solving = Solving(
-        latents, teacher, partial(guided_noise, teacher), target, count=12
-    )
+    solving = Solving(latents, teacher, partial(guided_noise, teacher), target, 12)
     asked = solving.lessons(64, random.Random(1), torch.Generator().manual_seed(1))
 
     @torch.no_grad()
@@ -260,10 +258,8 @@ def test_consistency_model_nears_the_ends_of_ways_in_50_steps(work, latents):
 @pytest.mark.slow
 def test_refiner_learns_in_50_steps(work, latents):
     from denoising import Model
-    from networks import make_vae
     from refining import PARTS, Refiner, refiner_loss
 
     base, refiner = Model().requires_grad_(requires_grad=False), Refiner()
-    vae = make_vae().requires_grad_(requires_grad=False)
-    loss_of = refiner_loss(refiner, base, vae, latents)
+    loss_of = refiner_loss(refiner, base, latents)
     assert learns(work, refiner, loss_of, rate=1e-3, threads=PARTS)
