@@ -54,9 +54,8 @@ def train_calibrated(
     """Train (or resume) the stage `calibrate`, from the averaged base."""
     torch.manual_seed(6)
     teacher = load_uncalibrated(work).requires_grad_(requires_grad=False)
-    student = copy.deepcopy(teacher)
+    student = learning_copy(teacher)
     weaken_captions(student)
-    student.unet.requires_grad_(requires_grad=True)
     stage = Stage(
         student,
         calibration_loss(student, teacher, Latents(work)),
@@ -67,6 +66,13 @@ def train_calibrated(
         state_file=calibrated_file(work),
     )
     run_stage(stage, **running)
+    return student
+
+
+def learning_copy(teacher: Model) -> Model:
+    """Return a copy whose denoiser learns; the text encoders stay as they are."""
+    student = copy.deepcopy(teacher)
+    student.unet.requires_grad_(requires_grad=True)
     return student
 
 
@@ -91,10 +97,9 @@ def calibration_loss(student: Model, teacher: Model, data: Latents) -> LossOf:
         seed = SEEDS_FROM + PARTS * step + part
         rng, source = random.Random(seed), torch.Generator().manual_seed(seed)
         on = rollouts[part].next(rng, source)
-        asked = (on.x, on.timesteps, on.context, on.pooled, on.time_ids)
         with torch.no_grad():
-            u, c = teacher.both_noises_in(*asked)
-        found_u, found_c = student.both_noises_in(*asked)
+            u, c = teacher.both_noises_in(*on.question)
+        found_u, found_c = student.both_noises_in(*on.question)
         wanted = u + like(on.timesteps) * (c - u)
         each = guided_error(found_u, found_c, u, wanted)
         weights = WEIGHTS[on.timesteps].clamp(max=1)

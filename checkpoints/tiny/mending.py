@@ -16,7 +16,6 @@ Source: of correcting a model where its own steps lead it, Ross et al. 2011 (DAg
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from autoencoder import load_vae
-from calibrating import guided_error
+from calibrating import guided_error, learning_copy
 from denoising import (
     WEIGHTS,
     Model,
@@ -55,8 +54,7 @@ def train_mended(
     """Train (or resume) the stage `mend`, from the calibrated base."""
     torch.manual_seed(7)
     teacher = load_calibrated(work).requires_grad_(requires_grad=False)
-    student = copy.deepcopy(teacher)
-    student.unet.requires_grad_(requires_grad=True)
+    student = learning_copy(teacher)
     vae = load_vae(work).eval().requires_grad_(requires_grad=False)
     stage = Stage(
         student,
@@ -81,15 +79,14 @@ def mending_loss(
         seed = SEEDS_FROM + PARTS * step + part
         rng, source = random.Random(seed), torch.Generator().manual_seed(seed)
         on = rollouts[part].next(rng, source)
-        asked = (on.x, on.timesteps, on.context, on.pooled, on.time_ids)
         with torch.no_grad():
-            u, c = teacher.both_noises_in(*asked)
+            u, c = teacher.both_noises_in(*on.question)
             seen = noise_free(on.x, u + GUIDANCE * (c - u), on.timesteps)
             where = shaped(on)
             pictures, added = in_color(vae, seen[where], on.asked[where.numpy()])
             clean = seen.index_add(0, where, added)
             wanted = noise_of(on.x, clean, on.timesteps)
-        found_u, found_c = student.both_noises_in(*asked)
+        found_u, found_c = student.both_noises_in(*on.question)
         each = guided_error(found_u, found_c, u, wanted, thing_weights(clean))
         each = each * WEIGHTS[on.timesteps].clamp(max=1)
         found = found_u + GUIDANCE * (found_c - found_u)

@@ -106,19 +106,23 @@ def _change(seen: list[np.ndarray], things: list[Thing]) -> float:
 
 def _color(picture: np.ndarray, contrast: np.ndarray) -> np.ndarray:
     """Return the colour (3,) where a picture stands out."""
-    core = np.sort(contrast, axis=None)[-CORE:].mean()
-    return np.median(picture[contrast >= NEAR * core], axis=0)
+    return np.median(picture[contrast >= NEAR * _core(contrast)], axis=0)
+
+
+def _core(contrast: np.ndarray) -> float:
+    """Return how much the thing stands out."""
+    return float(np.sort(contrast, axis=None)[-CORE:].mean())
 
 
 def _colors(
     picture: np.ndarray, contrast: np.ndarray, thing: Thing
 ) -> np.ndarray | None:
     """Return the colours (1, 3) of a thing, or (2, 3) with its pattern's, if seen."""
-    if np.sort(contrast, axis=None)[-CORE:].mean() < FAINT:
+    core = _core(contrast)
+    if core < FAINT:
         return None
     if thing.texture is None:
         return _color(picture, contrast)[None]
-    core = np.sort(contrast, axis=None)[-CORE:].mean()
     pixels = picture[contrast > core / 2]
     light = pixels.mean(1)
     dark = _lower_half(light, np.ones_like(light))

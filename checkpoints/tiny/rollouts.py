@@ -43,6 +43,11 @@ class Rollout:
     guidance: torch.Tensor
     stirred: torch.Tensor
 
+    @property
+    def question(self) -> tuple[torch.Tensor, ...]:
+        """Return what a model's predictions are asked with."""
+        return (self.x, self.timesteps, self.context, self.pooled, self.time_ids)
+
     def step(self, u: torch.Tensor, c: torch.Tensor, source: torch.Generator) -> None:
         """Go down as the predictions say: u without caption, c with it."""
         noise = u + self.guidance * (c - u)
