@@ -84,6 +84,13 @@ class Rollouts:
             rollout.replace(over, self._begin(batch, rng, source))
         return rollout
 
+    @torch.no_grad()
+    def begin(
+        self, size: tuple[int, ...], rng: random.Random, source: torch.Generator
+    ) -> Rollout:
+        """Return new pictures of a size, all of them noise."""
+        return self._begin(self.data.batch(rng, self.count, size), rng, source)
+
     def _underway(
         self, size: tuple[int, ...], rng: random.Random, source: torch.Generator
     ) -> Rollout:

@@ -5,6 +5,7 @@ own ends at that picture, whatever the steps.
 """
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+import teaching  # noqa: E402
 from denoising import Model, noise_of  # noqa: E402
 from latents import CHUNK, Latents  # noqa: E402
 from rollouts import OTHER_GUIDANCE, Rollouts  # noqa: E402
+from scenes import OBJECT_COLORS, draw_scene  # noqa: E402
 from solving import Solving  # noqa: E402
 
 
@@ -95,3 +98,55 @@ def test_lessons_name_the_picture_that_a_way_has_led_to(data, model):
     drawn_anew = [(x, t) for x, t in begun if 0 < t < 300]
     assert drawn_anew
     assert any(x.mean() > 5 for x, _ in drawn_anew)
+
+
+def test_a_refiner_is_asked_what_colours_are_off_and_told_the_right_ones(
+    data, model, monkeypatch
+):
+    """Colours add ten times their number here, so that none can be taken for noise."""
+
+    def in_color(vae, latents, scenes):
+        numbers = [OBJECT_COLORS.index(scene.things[0].color) for scene in scenes]
+        added = 10.0 * torch.tensor(numbers)[:, None, None, None] + 10
+        return None, added.expand(latents.shape)
+
+    def step(base, on, source):
+        z = picture(on.time_ids, on.x.shape)
+        noise = noise_of(on.x, z, on.timesteps)
+        on.step(noise, noise, source)
+        return z
+
+    monkeypatch.setattr(teaching, "in_color", in_color)
+    monkeypatch.setattr(teaching, "step", step)
+    rng, source = random.Random(0), torch.Generator().manual_seed(0)
+    lessons = teaching.Teaching(model, None, data)
+    righted, off = [], []
+    for n in range(40):
+        asked = lessons.lesson(16, rng, source, anew=n % 8 == 0)
+        z = picture(asked.time_ids, asked.x.shape)
+        noise = noise_of(asked.x, asked.latents, asked.timesteps)
+        assert noise.mean().abs() < 0.1
+        assert noise.std() == pytest.approx(1, abs=0.1)
+        assert (asked.timesteps < 200).all()
+        righted += (asked.righted - z).mean((1, 2, 3)).tolist()
+        off += (asked.latents - z).mean((1, 2, 3)).tolist()
+    assert {round(value) for value in righted} <= {0, *range(10, 101, 10)}
+    assert 0.4 < np.mean(np.abs(righted) > 1) < 0.7  # two thirds are the base's
+    assert 0.3 < np.mean(np.abs(off) > 1) < 0.5
+    assert max(off) <= 0.45 * 100
+    known = [one for pictures in lessons.pictures.values() for one in pictures]
+    assert {len(one.seen) for one in known} <= {0, 3, 4, 5}
+    told = [one for one in known if one.seen and one.off.any()]
+    assert told
+    assert not any(torch.equal(one.off, one.righted - one.latents) for one in told)
+
+
+def test_wrong_colours_are_neither_the_right_ones_nor_the_background():
+    rng = random.Random(0)
+    for seed in range(300):
+        scene = draw_scene(seed)
+        wrong = teaching.miscolored(scene, rng)
+        assert len(wrong.things) == len(scene.things)
+        for one, other in zip(wrong.things, scene.things, strict=True):
+            assert one.color not in (other.color, scene.background)
+            assert replace(one, color=other.color) == other

@@ -1,0 +1,166 @@
+"""Pictures for the refiner to learn from: such as the base draws, and drawings.
+
+Design: the base draws a batch from noise to its end, as it is run; the end is kept,
+with the places of low noise that it came through. What the base has left of the noise
+there is of its own making, and tells where it was going; noise drawn anew tells
+nothing, so that colours must be read from the caption. Lessons are of both.
+
+An end's colours are put right, as in `mending`. What a wrong colour would change is
+kept as well: half of the lessons begin with colours that are off by a part of that,
+which the caption alone can tell. Else it is hardly ever needed, and never read.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from captions import tells_colors
+from denoising import KEPT, Model, noise_free, noised, some_captions
+from diffusers import AutoencoderKL
+from latents import Latents
+from mending import in_color
+from rollouts import Rollout, Rollouts
+from scenes import OBJECT_COLORS, Scene
+
+HIGHEST_TIMESTEP = 200
+STRIDES = (40, 60)  # timesteps of the base's steps: of 50, twenty are a whole way
+DRAWN, DRAWINGS = 16, 8  # pictures that are added at a time: the base's, and drawings
+KEPT_PICTURES = 600  # at most, of a size
+SEEN_SHARE = 0.5  # of lessons on the base's pictures, at a place that it came through
+OFF_SHARE, MOST_OFF = 0.5, 0.45  # of lessons with a colour that is off, and how far
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: its latents, and what they should be with the right colours.
+
+    latents, righted, off (4, h, w), the last what wrong colours would add; context
+    (77, C), pooled (C,), time_ids (6,); `seen`: x on the way to it, and timesteps.
+    """
+
+    latents: torch.Tensor
+    righted: torch.Tensor
+    off: torch.Tensor
+    context: torch.Tensor
+    pooled: torch.Tensor
+    time_ids: torch.Tensor
+    seen: list[tuple[torch.Tensor, int]]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is asked and what is in it: each (B, ...), of one size of picture.
+
+    x at `timesteps`; the latents that are in x, and those that the caption asks for.
+    """
+
+    x: torch.Tensor
+    timesteps: torch.Tensor
+    latents: torch.Tensor
+    righted: torch.Tensor
+    context: torch.Tensor
+    pooled: torch.Tensor
+    time_ids: torch.Tensor
+
+
+class Teaching:
+    """What the base has drawn of late, by size, and as many drawings as half of it."""
+
+    def __init__(self, base: Model, vae: AutoencoderKL, data: Latents) -> None:
+        self.base, self.vae, self.data = base, vae, data
+        self.rollouts = Rollouts(data, base.language, DRAWN)
+        self.pictures: dict[tuple[int, ...], deque[Picture]] = {}
+
+    @torch.no_grad()
+    def lesson(
+        self, count: int, rng: random.Random, source: torch.Generator, *, anew: bool
+    ) -> Lesson:
+        """Return `count` pictures of one size, noised; if anew, add some before."""
+        size = self.data.any_size(rng)
+        known = self.pictures.setdefault(size, deque(maxlen=KEPT_PICTURES))
+        if anew or not known:
+            known.extend(self._drawn(size, rng, source))
+            known.extend(self._drawings(size, rng))
+        pictures = rng.choices(known, k=count)
+        share = torch.rand(2, count, 1, 1, 1, generator=source)
+        share = torch.where(share[0] < OFF_SHARE, MOST_OFF * share[1], 0.0)
+        off = share * torch.stack([picture.off for picture in pictures])
+        latents = torch.stack([picture.latents for picture in pictures])
+        timesteps = torch.randint(HIGHEST_TIMESTEP, (count,), generator=source)
+        x = noised(latents, torch.randn(latents.shape, generator=source), timesteps)
+        for n, picture in enumerate(pictures):
+            if picture.seen and rng.random() < SEEN_SHARE:
+                x[n], timesteps[n] = rng.choice(picture.seen)
+        names = ("righted", "context", "pooled", "time_ids")
+        told = {n: torch.stack([getattr(p, n) for p in pictures]) for n in names}
+        kept = KEPT.float()[timesteps][:, None, None, None]
+        return Lesson(x + kept.sqrt() * off, timesteps, latents + off, **told)
+
+    def _drawn(
+        self, size: tuple[int, ...], rng: random.Random, source: torch.Generator
+    ) -> list[Picture]:
+        """Have the base draw pictures."""
+        on = self.rollouts.begin(size, rng, source)
+        on.strides = torch.full_like(on.strides, rng.randint(*STRIDES))
+        ways: list[tuple[torch.Tensor, torch.Tensor]] = []
+        while (on.timesteps >= 0).all():
+            if (on.timesteps < HIGHEST_TIMESTEP).all():
+                ways.append((on.x, on.timesteps))
+            end = step(self.base, on, source)
+        seen = [[(x[n], int(t[n])) for x, t in ways] for n in range(len(end))]
+        told = on.context, on.pooled, on.time_ids
+        return self._righted(end, on.asked, told, seen, rng)
+
+    def _drawings(self, size: tuple[int, ...], rng: random.Random) -> list[Picture]:
+        """Take drawings as they are."""
+        batch = self.data.batch(rng, DRAWINGS, size)
+        texts = some_captions(batch.scenes, rng)
+        told = *self.base.language(texts), batch.time_ids
+        asked = np.empty(DRAWINGS, object)
+        for n, (scene, text) in enumerate(zip(batch.scenes, texts, strict=True)):
+            asked[n] = scene if tells_colors(text, scene) else None
+        none = [[] for _ in texts]
+        return self._righted(batch.latents, asked, told, none, rng, drawn=False)
+
+    def _righted(
+        self,
+        latents: torch.Tensor,
+        asked: np.ndarray,
+        told: tuple[torch.Tensor, ...],
+        seen: Sequence[list[tuple[torch.Tensor, int]]],
+        rng: random.Random,
+        *,
+        drawn: bool = True,
+    ) -> list[Picture]:
+        """Put colours right, if the base has drawn them, and find wrong ones."""
+        where = [n for n, scene in enumerate(asked) if scene is not None]
+        righted, off = latents.clone(), torch.zeros_like(latents)
+        if drawn:
+            righted[where] += in_color(self.vae, latents[where], asked[where])[1]
+        wrong = [miscolored(scene, rng) for scene in asked[where]]
+        off[where] = in_color(self.vae, latents[where], wrong)[1]
+        each = zip(latents, righted, off, *told, seen, strict=True)
+        return [Picture(*values) for values in each]
+
+
+def step(base: Model, on: Rollout, source: torch.Generator) -> torch.Tensor:
+    """Take a step of the base; return the latents (B, 4, h, w) that it sees."""
+    u, c = base.both_noises_in(*on.question)
+    clean = noise_free(on.x, u + on.guidance * (c - u), on.timesteps)
+    on.step(u, c, source)
+    return clean
+
+
+def miscolored(scene: Scene, rng: random.Random) -> Scene:
+    """Return the scene with other colours for its things, none the background's."""
+    new = {}
+    for color in sorted({thing.color for thing in scene.things}):
+        taken = (color, scene.background)
+        new[color] = rng.choice([name for name in OBJECT_COLORS if name not in taken])
+    things = tuple(replace(thing, color=new[thing.color]) for thing in scene.things)
+    return replace(scene, things=things)
