@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs import settings
-from jobs.errors import ConfigError, nearest
+from jobs.errors import ConfigError, file_beside, nearest
 from jobs.sections import (
     JobConfig,
     Lora,
@@ -105,6 +105,9 @@ def _refuse_unknown(name: str, known: Iterable[str], what: str) -> None:
 def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        hint = file_beside(path, (".yaml", ".yml"), "configs/ holds ready ones")
+        raise ConfigError(f"can't read {path}: {error.strerror}", hint=hint) from None
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from None
     except UnicodeDecodeError:

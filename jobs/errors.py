@@ -91,6 +91,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return "known: " + ", ".join(f"`{name}`" for name in names)
 
 
+def file_beside(path: Path, suffixes: Iterable[str], otherwise: str) -> str:
+    """Say which file may have been meant instead of one that is not there."""
+    kinds = set(suffixes)
+    names = [p.name for p in path.parent.glob("*") if p.suffix.lower() in kinds]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean `{printable(close[0])}`?" if close else otherwise
+
+
 def printable(text: str, limit: int = 80) -> str:
     """Make text safe for a terminal: control characters escaped, cut to `limit`."""
     safe = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[:limit])

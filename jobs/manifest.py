@@ -11,7 +11,6 @@ A bare empty cell of a CSV or TSV means "not given"; a quoted one (`""`) is empt
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ from jobs.cells import (
     parquet_schema,
     plain_type,
 )
-from jobs.errors import ManifestError, nearest, printable
+from jobs.errors import ManifestError, file_beside, nearest, printable
 from jobs.records import RESULT_COLUMNS, Rejected, Request, hash64
 
 MAX_EXTRAS = 1_000
@@ -200,7 +199,9 @@ def open_manifest(
             hint="use .csv, .tsv, .parquet or .jsonl",
         )
     if not there:
-        raise ManifestError(f"{path}: no such file", hint=_manifests_beside(path))
+        raise ManifestError(
+            f"{path}: no such file", hint=file_beside(path, FORMATS, PATH_HINT)
+        )
     columns = columns_of(path, kind)
     manifest = Manifest(
         path=path,
@@ -222,13 +223,6 @@ def open_manifest(
     if columns is not None:
         manifest.extras  # noqa: B018  a collision is an error before anything runs
     return manifest
-
-
-def _manifests_beside(path: Path) -> str:
-    """Say which manifest may have been meant instead of a file that is not there."""
-    names = [p.name for p in path.parent.glob("*") if p.suffix.lower() in FORMATS]
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"did you mean `{printable(close[0])}`?" if close else PATH_HINT
 
 
 def _checked_id(value: Any) -> str:

@@ -143,8 +143,13 @@ def test_a_checkpoint_in_a_file_is_taken_from_its_folder_and_an_override_is_not(
 
 
 def test_a_missing_or_unreadable_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="No such file") as caught:
         load(tmp_path / "none.yaml")
+    assert caught.value.hint == "configs/ holds ready ones"
+    (tmp_path / "tiny.yaml").touch()
+    with pytest.raises(ConfigError, match="No such file") as caught:
+        load(tmp_path / "tinny.yaml")
+    assert caught.value.hint == "did you mean `tiny.yaml`?"
     with pytest.raises(ConfigError, match="Is a directory"):
         load(tmp_path)
 
