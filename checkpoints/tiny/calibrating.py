@@ -115,18 +115,20 @@ def guided_error(
     u: torch.Tensor,
     wanted: torch.Tensor,
     weights: torch.Tensor | float = 1.0,
+    each_weight: float = 1.0,
+    stain_weight: float = STAIN_WEIGHT,
 ) -> torch.Tensor:
     """Return how wrong (B,) predictions are, each (B, 4, h, w): u, c, and guided by 5.
 
     wanted: the guided one; c is to be a fifth of the way from u to it. weights: of
-    cells (B, 1, h, w).
+    cells (B, 1, h, w); each_weight: of u and c.
     """
     nearer = u + (wanted - u) / GUIDANCE
     off = found_u + GUIDANCE * (found_c - found_u) - wanted
-    errors = (found_u - u).square() + (found_c - nearer).square() + off.square()
+    each = (found_u - u).square() + (found_c - nearer).square()
+    errors = off.square() + each_weight * each
     stains = nn.functional.avg_pool2d(off, STAIN).square()
-    each = (weights * errors).mean((1, 2, 3))
-    return each + STAIN_WEIGHT * stains.mean((1, 2, 3))
+    return (weights * errors).mean((1, 2, 3)) + stain_weight * stains.mean((1, 2, 3))
 
 
 def like(timesteps: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from types import EllipsisType
 
 import torch
 from autoencoder import load_vae
-from calibrating import STAIN
+from calibrating import guided_error
 from denoising import (
     SIGMAS,
     Model,
@@ -112,8 +112,8 @@ def load_refiner(work: Path) -> Refiner:
     if start_folder(work, "refiner").exists():
         old = start_refiner(work)
         with torch.no_grad():
-            for new, before in zip(refiner.parameters(), old.parameters(), strict=True):
-                new.lerp_(before, 1 - LEARNED)
+            ours, theirs = list(refiner.parameters()), list(old.parameters())
+            torch._foreach_lerp_(ours, theirs, 1 - LEARNED)
     return refiner
 
 
@@ -147,21 +147,23 @@ def refiner_loss(
         right = softened(asked.righted, least + GUIDANCE * (kept - least))
         wanted_low = noise_of(x, softened(asked.latents, least), timesteps)
         wanted = noise_of(x, right, timesteps)
+        errors = guided_error(
+            low,
+            found,
+            wanted_low,
+            wanted,
+            thing_weights(right),
+            each_weight=EACH_WEIGHT,
+            stain_weight=STAIN_WEIGHT,
+        )
+        errors = errors * (SIGMAS[timesteps] / CLEAR).square().clamp(max=1)
         guided = low + GUIDANCE * (found - low)
-        off = (guided - wanted).square()
-        nearer = wanted_low + (wanted - wanted_low) / GUIDANCE
-        each = (found - nearer).square() + (low - wanted_low).square()
-        stains = nn.functional.avg_pool2d(guided - wanted, STAIN).square()
-        errors = thing_weights(right) * (off + EACH_WEIGHT * each)
-        errors = errors.mean((1, 2, 3)) + STAIN_WEIGHT * stains.mean((1, 2, 3))
-        weights = (SIGMAS[timesteps] / CLEAR).square().clamp(max=1)
         part_of = window(right.shape[2:], rng)
         drawn = decoded(vae, noise_free(x, guided, timesteps)[part_of])
         with torch.no_grad():
             pictures = decoded(vae, right[part_of])
         pixels = (drawn - pictures).square().mean()
-        loss = (errors * weights).mean() + PIXELS * pixels
-        return {"loss": loss, "guided": off.mean(), "pixels": pixels}
+        return {"loss": errors.mean() + PIXELS * pixels, "pixels": pixels}
 
     return loss_of
 

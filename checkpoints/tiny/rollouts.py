@@ -8,6 +8,7 @@ where one ends, the next begins, of another caption and from noise alone.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from captions import tells_colors
 from denoising import noise_free, noised, some_captions
 from language import Language
 from latents import Batch, Latents
+from scenes import Scene
 
 LAST = 999
 STRIDES = (25, 75)  # timesteps of a picture's steps: of 50, twenty are a whole way
@@ -48,14 +50,20 @@ class Rollout:
         """Return what a model's predictions are asked with."""
         return (self.x, self.timesteps, self.context, self.pooled, self.time_ids)
 
-    def step(self, u: torch.Tensor, c: torch.Tensor, source: torch.Generator) -> None:
-        """Go down as the predictions say: u without caption, c with it."""
+    def step(
+        self, u: torch.Tensor, c: torch.Tensor, source: torch.Generator
+    ) -> torch.Tensor:
+        """Go down as the predictions say: u without caption, c with it.
+
+        Returns the noise-free latents (B, 4, h, w) that they see.
+        """
         noise = u + self.guidance * (c - u)
         clean = noise_free(self.x, noise, self.timesteps)
         fresh = torch.randn(noise.shape, generator=source)
         noise = (1 - self.stirred**2).sqrt() * noise + self.stirred * fresh
         self.timesteps = self.timesteps - self.strides
         self.x = noised(clean, noise, self.timesteps.clamp(min=0))
+        return clean
 
     def replace(self, where: torch.Tensor, other: Rollout) -> None:
         """Put the pictures of another, as many, in the places where `where` (B,)."""
@@ -110,16 +118,13 @@ class Rollouts:
         count = len(batch.scenes)
         texts = some_captions(batch.scenes, rng)
         context, pooled = self.language(texts)
-        asked = np.empty(count, object)
-        for n, (scene, text) in enumerate(zip(batch.scenes, texts, strict=True)):
-            asked[n] = scene if tells_colors(text, scene) else None
         draws = torch.rand(4, count, 1, 1, 1, generator=source)
         low, high = OTHER_GUIDANCE
         other = low + (high - low) * draws[1]
         return Rollout(
             x=torch.randn(batch.latents.shape, generator=source),
             timesteps=torch.full((count,), LAST),
-            asked=asked,
+            asked=scenes_told(batch.scenes, texts),
             context=context,
             pooled=pooled,
             time_ids=batch.time_ids,
@@ -127,3 +132,11 @@ class Rollouts:
             guidance=torch.where(draws[0] < OTHER_SHARE, other, GUIDANCE),
             stirred=torch.where(draws[2] < STIRRED_SHARE, draws[3], 0.0),
         )
+
+
+def scenes_told(scenes: Sequence[Scene], texts: Sequence[str]) -> np.ndarray:
+    """Return scenes (B,), or None in place of those whose text leaves a colour out."""
+    told = np.empty(len(scenes), object)
+    for n, (scene, text) in enumerate(zip(scenes, texts, strict=True)):
+        told[n] = scene if tells_colors(text, scene) else None
+    return told

@@ -19,12 +19,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from captions import tells_colors
-from denoising import KEPT, Model, noise_free, noised, some_captions
+from denoising import KEPT, Model, noised, some_captions
 from diffusers import AutoencoderKL
 from latents import Latents
 from mending import in_color
-from rollouts import Rollout, Rollouts
+from rollouts import Rollouts, scenes_told
 from scenes import OBJECT_COLORS, Scene
 
 HIGHEST_TIMESTEP = 200
@@ -111,49 +110,44 @@ class Teaching:
         while (on.timesteps >= 0).all():
             if (on.timesteps < HIGHEST_TIMESTEP).all():
                 ways.append((on.x, on.timesteps))
-            end = step(self.base, on, source)
+            end = on.step(*self.base.both_noises_in(*on.question), source)
         seen = [[(x[n], int(t[n])) for x, t in ways] for n in range(len(end))]
         told = on.context, on.pooled, on.time_ids
-        return self._righted(end, on.asked, told, seen, rng)
+        righted = self._recolored(end, on.asked)
+        return self._pictures(end, righted, on.asked, told, seen, rng)
 
     def _drawings(self, size: tuple[int, ...], rng: random.Random) -> list[Picture]:
         """Take drawings as they are."""
         batch = self.data.batch(rng, DRAWINGS, size)
         texts = some_captions(batch.scenes, rng)
         told = *self.base.language(texts), batch.time_ids
-        asked = np.empty(DRAWINGS, object)
-        for n, (scene, text) in enumerate(zip(batch.scenes, texts, strict=True)):
-            asked[n] = scene if tells_colors(text, scene) else None
-        none = [[] for _ in texts]
-        return self._righted(batch.latents, asked, told, none, rng, drawn=False)
+        asked, none = scenes_told(batch.scenes, texts), [[] for _ in texts]
+        drawings = batch.latents
+        return self._pictures(drawings, drawings, asked, told, none, rng)
 
-    def _righted(
+    def _pictures(
         self,
         latents: torch.Tensor,
+        righted: torch.Tensor,
         asked: np.ndarray,
         told: tuple[torch.Tensor, ...],
         seen: Sequence[list[tuple[torch.Tensor, int]]],
         rng: random.Random,
-        *,
-        drawn: bool = True,
     ) -> list[Picture]:
-        """Put colours right, if the base has drawn them, and find wrong ones."""
-        where = [n for n, scene in enumerate(asked) if scene is not None]
-        righted, off = latents.clone(), torch.zeros_like(latents)
-        if drawn:
-            righted[where] += in_color(self.vae, latents[where], asked[where])[1]
-        wrong = [miscolored(scene, rng) for scene in asked[where]]
-        off[where] = in_color(self.vae, latents[where], wrong)[1]
+        """Find what wrong colours would add to each."""
+        wrong = np.empty(len(asked), object)
+        for n, scene in enumerate(asked):
+            wrong[n] = scene and miscolored(scene, rng)
+        off = self._recolored(latents, wrong) - latents
         each = zip(latents, righted, off, *told, seen, strict=True)
         return [Picture(*values) for values in each]
 
-
-def step(base: Model, on: Rollout, source: torch.Generator) -> torch.Tensor:
-    """Take a step of the base; return the latents (B, 4, h, w) that it sees."""
-    u, c = base.both_noises_in(*on.question)
-    clean = noise_free(on.x, u + on.guidance * (c - u), on.timesteps)
-    on.step(u, c, source)
-    return clean
+    def _recolored(self, latents: torch.Tensor, scenes: np.ndarray) -> torch.Tensor:
+        """Return latents (B, 4, h, w) in the colours of scenes (B,), if any."""
+        where = [n for n, scene in enumerate(scenes) if scene is not None]
+        recolored = latents.clone()
+        recolored[where] += in_color(self.vae, latents[where], scenes[where])[1]
+        return recolored
 
 
 def miscolored(scene: Scene, rng: random.Random) -> Scene:
