@@ -8,8 +8,13 @@ leaves that. What decoding and encoding alone would change is left out. Its pict
 held to the recoloured one as well, in pixels: neighbours among colours are a tenth as
 far from each other in latents as black and white are, in pixels a quarter.
 
+What guidance has taken from small originals is given back, too: of those with less
+than 0.6 of the side of the picture, the copy is to see edges the softer the smaller
+they are.
+
 In a picture that has not taken shape, and for a caption that leaves a colour out, the
-copy is held to its teacher; so is its prediction without a caption, always.
+copy is held to its teacher; so is its prediction without a caption, always, but for
+those edges.
 
 Source: of correcting a model where its own steps lead it, Ross et al. 2011 (DAgger).
 """
@@ -34,7 +39,7 @@ from denoising import (
     thing_weights,
 )
 from diffusers import AutoencoderKL
-from latents import Latents
+from latents import Latents, softened
 from recoloring import recolored
 from rollouts import GUIDANCE, Rollout, Rollouts
 from scenes import Scene
@@ -44,6 +49,7 @@ BATCH, PARTS = 16, 2
 SHAPED = 650  # timestep below which a picture has taken shape
 ROBUST = 5.0  # how early a picture that is wholly wrong counts less than its error
 PIXELS = 3.0  # how much the error of pixels counts
+LEAST_KEPT = 0.4  # of edges, for originals next to nothing; rises with their side
 AVERAGE = 0.995
 SEEDS_FROM = 77_000_000
 
@@ -81,7 +87,10 @@ def mending_loss(
         on = rollouts[part].next(rng, source)
         with torch.no_grad():
             u, c = teacher.both_noises_in(*on.question)
-            seen = noise_free(on.x, u + GUIDANCE * (c - u), on.timesteps)
+            guided = u + GUIDANCE * (c - u)
+            seen = noise_free(on.x, guided, on.timesteps)
+            seen = softened(seen, edges_kept(on.time_ids))
+            u = u + noise_of(on.x, seen, on.timesteps) - guided
             where = shaped(on)
             pictures, added = in_color(vae, seen[where], on.asked[where.numpy()])
             clean = seen.index_add(0, where, added)
@@ -109,6 +118,14 @@ def shaped(on: Rollout) -> torch.Tensor:
     """Return which pictures have taken shape and are told their colours (N,)."""
     told = torch.tensor([scene is not None for scene in on.asked])
     return torch.nonzero(told & (on.timesteps < SHAPED))[:, 0]
+
+
+def edges_kept(time_ids: torch.Tensor) -> torch.Tensor:
+    """Return the share of edges (B,) that originals keep: less below 0.6 of the side.
+
+    time_ids: (B, 6), original size, crop, target size.
+    """
+    return (LEAST_KEPT + time_ids[:, 0] / time_ids[:, 4]).clamp(max=1)
 
 
 @torch.no_grad()

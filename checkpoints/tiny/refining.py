@@ -45,7 +45,7 @@ BATCH, PARTS = 32, 2
 NEGATIVE_SCORE = 2.5  # what the refiner is run with
 BEST_SCORE, WORST_SCORE = 6.0, 1.0
 SOFTEST, FALL = 0.1, 7  # what the worst score takes off edges; how late others follow
-NEW_EVERY = 40  # steps from one time that the base draws pictures to the next
+NEW_EVERY = 20  # steps from one time that the base draws pictures to the next
 EACH_WEIGHT, STAIN_WEIGHT = 0.2, 4.0  # of unguided predictions; of what is off at once
 PIXELS = 30.0  # how much the error of pixels counts, of a quarter of every picture
 LEARNED = 0.5  # share that is kept of what a trained refiner learns on
@@ -104,7 +104,7 @@ def start_refiner(work: Path) -> Refiner:
 def load_refiner(work: Path) -> Refiner:
     """Return the averaged refiner of `work`, half way from the one it started from.
 
-    That draws pairs as well as the old one did, and colours nearly as well as the new.
+    That has more colours right than what it learned alone.
     Source: Wortsman et al. 2022 (WiSE-FT).
     """
     refiner = Refiner()

@@ -3,11 +3,13 @@
 Design: the base draws a batch from noise to its end, as it is run; the end is kept,
 with the places of low noise that it came through. What the base has left of the noise
 there is of its own making, and tells where it was going; noise drawn anew tells
-nothing, so that colours must be read from the caption. Lessons are of both.
+nothing, so that colours must be read from the caption. Lessons are of both, and mostly
+of what the refiner is for: the base's own.
 
 An end's colours are put right, as in `mending`. What a wrong colour would change is
-kept as well: half of the lessons begin with colours that are off by a part of that,
-which the caption alone can tell. Else it is hardly ever needed, and never read.
+kept as well, where all things have one colour: some lessons begin with colours that are
+off by a part of that, which the caption alone can tell. Else it is hardly ever needed,
+and never read. In pairs, so small a network would take one thing for the other.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from scenes import OBJECT_COLORS, Scene
 
 HIGHEST_TIMESTEP = 200
 STRIDES = (40, 60)  # timesteps of the base's steps: of 50, twenty are a whole way
-DRAWN, DRAWINGS = 16, 8  # pictures that are added at a time: the base's, and drawings
+DRAWN, DRAWINGS = 16, 4  # pictures that are added at a time: the base's, and drawings
 KEPT_PICTURES = 600  # at most, of a size
-SEEN_SHARE = 0.5  # of lessons on the base's pictures, at a place that it came through
-OFF_SHARE, MOST_OFF = 0.5, 0.45  # of lessons with a colour that is off, and how far
+SEEN_SHARE = 0.8  # of lessons on the base's pictures, at a place that it came through
+OFF_SHARE, MOST_OFF = 0.25, 0.35  # of lessons with a colour that is off, and how far
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Lesson:
 
 
 class Teaching:
-    """What the base has drawn of late, by size, and as many drawings as half of it."""
+    """What the base has drawn of late, by size, and some drawings."""
 
     def __init__(self, base: Model, vae: AutoencoderKL, data: Latents) -> None:
         self.base, self.vae, self.data = base, vae, data
@@ -137,7 +139,8 @@ class Teaching:
         """Find what wrong colours would add to each."""
         wrong = np.empty(len(asked), object)
         for n, scene in enumerate(asked):
-            wrong[n] = scene and miscolored(scene, rng)
+            plain = scene is not None and scene.kind != "two"
+            wrong[n] = miscolored(scene, rng) if plain else None
         off = self._recolored(latents, wrong) - latents
         each = zip(latents, righted, off, *told, seen, strict=True)
         return [Picture(*values) for values in each]

@@ -147,7 +147,7 @@ def calibrate(work: Path, **running: object) -> None:
 
 
 @main.command()
-@_training(steps=1700, rate=6e-5)
+@_training(steps=3700, rate=6e-5)
 def mend(work: Path, **running: object) -> None:
     """Have the base give things the colours that were asked for."""
     train_mended(work, **running)

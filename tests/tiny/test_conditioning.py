@@ -57,7 +57,6 @@ def test_a_crop_moves_the_object_by_as_much(pipeline):
     assert 16 < places[0] - places[1] < 48
 
 
-@pytest.mark.xfail(strict=True, reason="0.8 is wanted, 0.900 seen: it must train on")
 def test_a_small_original_makes_a_soft_picture(pipeline):
     """Enlarged originals are blurred, and edges are what shows it."""
     prompt = "a red square on a white background"

@@ -103,7 +103,11 @@ def test_lessons_name_the_picture_that_a_way_has_led_to(data, model):
 def test_a_refiner_is_asked_what_colours_are_off_and_told_the_right_ones(
     data, model, monkeypatch
 ):
-    """Colours add ten times their number here, so that none can be taken for noise."""
+    """Colours add ten times their number here, so that none can be taken for noise.
+
+    At timestep 999, SDXL's betas leave 0.068 of a picture; a way that begins at noise
+    alone therefore keeps that much of it too little, 0.13 of the larger picture here.
+    """
 
     def in_color(vae, latents, scenes):
         numbers = [OBJECT_COLORS.index(scene.things[0].color) for scene in scenes]
@@ -123,20 +127,21 @@ def test_a_refiner_is_asked_what_colours_are_off_and_told_the_right_ones(
         asked = lessons.lesson(16, rng, source, anew=n % 8 == 0)
         z = picture(asked.time_ids, asked.x.shape)
         noise = noise_of(asked.x, asked.latents, asked.timesteps)
-        assert noise.mean().abs() < 0.1
+        assert noise.mean().abs() < 0.2
         assert noise.std() == pytest.approx(1, abs=0.1)
         assert (asked.timesteps < 200).all()
         righted += (asked.righted - z).mean((1, 2, 3)).tolist()
         off += (asked.latents - z).mean((1, 2, 3)).tolist()
     assert {round(value) for value in righted} <= {0, *range(10, 101, 10)}
-    assert 0.4 < np.mean(np.abs(righted) > 1) < 0.7  # two thirds are the base's
-    assert 0.3 < np.mean(np.abs(off) > 1) < 0.5
-    assert max(off) <= 0.45 * 100
+    assert 0.5 < np.mean(np.abs(righted) > 1) < 0.8  # four fifths are the base's
+    assert 0.1 < np.mean(np.abs(off) > 1) < 0.25
+    assert max(off) <= 0.35 * 100
     known = [one for pictures in lessons.pictures.values() for one in pictures]
     assert {len(one.seen) for one in known} <= {0, 3, 4, 5}
     told = [one for one in known if one.seen and one.off.any()]
     assert told
     assert not any(torch.equal(one.off, one.righted - one.latents) for one in told)
+    assert any(one.seen and not one.off.any() for one in known)  # pairs
 
 
 def test_wrong_colours_are_neither_the_right_ones_nor_the_background():
