@@ -89,7 +89,7 @@ def mending_loss(
             u, c = teacher.both_noises_in(*on.question)
             guided = u + GUIDANCE * (c - u)
             seen = noise_free(on.x, guided, on.timesteps)
-            seen = softened(seen, edges_kept(on.time_ids))
+            seen = softened(seen, original_edges(on.time_ids))
             u = u + noise_of(on.x, seen, on.timesteps) - guided
             where = shaped(on)
             pictures, added = in_color(vae, seen[where], on.asked[where.numpy()])
@@ -120,7 +120,7 @@ def shaped(on: Rollout) -> torch.Tensor:
     return torch.nonzero(told & (on.timesteps < SHAPED))[:, 0]
 
 
-def edges_kept(time_ids: torch.Tensor) -> torch.Tensor:
+def original_edges(time_ids: torch.Tensor) -> torch.Tensor:
     """Return the share of edges (B,) that originals keep: less below 0.6 of the side.
 
     time_ids: (B, 6), original size, crop, target size.

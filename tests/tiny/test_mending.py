@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from autoencoder import load_vae  # noqa: E402
 from captions import plain_caption, tells_colors  # noqa: E402
 from drawing import pixels  # noqa: E402
-from mending import SHAPED, in_color, shaped  # noqa: E402
+from mending import SHAPED, in_color, original_edges, shaped  # noqa: E402
 from networks import start_folder  # noqa: E402
 from scenes import draw_scene  # noqa: E402
 from test_recoloring import other_colors  # noqa: E402
@@ -72,6 +72,13 @@ def test_what_has_no_shape_or_no_colours_to_have_is_left_alone(vae):
     assert where.tolist() == [1, 2]
     pictures, added = in_color(vae, torch.zeros(0, 4, 16, 16), [])
     assert len(pictures) == len(added) == 0
+
+
+def test_small_originals_lose_edges_and_others_none():
+    ids = [[0, 24, 128], [24, 24, 128], [76, 76, 128], [77, 77, 128], [500, 500, 128]]
+    told = torch.tensor([[h, w, 0, 0, target, target] for h, w, target in ids])
+    kept = original_edges(told.float())
+    assert kept.tolist() == pytest.approx([0.4, 0.5875, 0.99375, 1, 1])
 
 
 def test_a_caption_tells_colours_or_does_not():
