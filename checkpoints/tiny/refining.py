@@ -37,13 +37,12 @@ from latents import Latents, softened
 from mending import decoded
 from networks import make_refiner_unet, start_folder
 from rollouts import GUIDANCE
-from teaching import Teaching
+from teaching import BEST_SCORE, WORST_SCORE, Teaching
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage
 
 BATCH, PARTS = 32, 2
 NEGATIVE_SCORE = 2.5  # what the refiner is run with
-BEST_SCORE, WORST_SCORE = 6.0, 1.0
 SOFTEST, FALL = 0.1, 7  # what the worst score takes off edges; how late others follow
 NEW_EVERY = 20  # steps from one time that the base draws pictures to the next
 EACH_WEIGHT, STAIN_WEIGHT = 0.2, 4.0  # of unguided predictions; of what is off at once
@@ -132,9 +131,7 @@ def refiner_loss(
         asked = teaching[part].lesson(BATCH // PARTS, rng, source, anew=anew)
         x, timesteps = asked.x, asked.timesteps
         context = asked.context[..., -empty[0].shape[-1] :]
-        scores = torch.rand(len(x), generator=source)
-        scores = WORST_SCORE + (BEST_SCORE - WORST_SCORE) * scores
-        scores[::2] = BEST_SCORE
+        scores = asked.scores
         negative = torch.full_like(scores, NEGATIVE_SCORE)
         found, low = refiner.noise_in(
             torch.cat((x, x)),
@@ -158,6 +155,7 @@ def refiner_loss(
         )
         errors = errors * (SIGMAS[timesteps] / CLEAR).square().clamp(max=1)
         guided = low + GUIDANCE * (found - low)
+        asked.step(guided.detach())
         part_of = window(right.shape[2:], rng)
         drawn = decoded(vae, noise_free(x, guided, timesteps)[part_of])
         with torch.no_grad():

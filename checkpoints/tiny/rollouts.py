@@ -65,12 +65,6 @@ class Rollout:
         self.x = noised(clean, noise, self.timesteps.clamp(min=0))
         return clean
 
-    def replace(self, where: torch.Tensor, other: Rollout) -> None:
-        """Put the pictures of another, as many, in the places where `where` (B,)."""
-        for name, value in vars(self).items():
-            places = where if isinstance(value, torch.Tensor) else where.numpy()
-            value[places] = getattr(other, name)
-
 
 class Rollouts:
     """A rollout of `count` pictures for every size of picture in `data`."""
@@ -89,7 +83,7 @@ class Rollouts:
         over = rollout.timesteps < 0
         if over.any():
             batch = self.data.batch(rng, int(over.sum()), size)
-            rollout.replace(over, self._begin(batch, rng, source))
+            put(self._begin(batch, rng, source), rollout, over)
         return rollout
 
     @torch.no_grad()
@@ -132,6 +126,13 @@ class Rollouts:
             guidance=torch.where(draws[0] < OTHER_SHARE, other, GUIDANCE),
             stirred=torch.where(draws[2] < STIRRED_SHARE, draws[3], 0.0),
         )
+
+
+def put(some: object, on: object, where: torch.Tensor) -> None:
+    """Put the arrays of `some`, as many, where `where` (B,) in those of `on`."""
+    for name, value in vars(on).items():
+        places = where if isinstance(value, torch.Tensor) else where.numpy()
+        value[places] = getattr(some, name)
 
 
 def scenes_told(scenes: Sequence[Scene], texts: Sequence[str]) -> np.ndarray:

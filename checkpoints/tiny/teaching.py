@@ -3,8 +3,10 @@
 Design: the base draws a batch from noise to its end, as it is run; the end is kept,
 with the places of low noise that it came through. What the base has left of the noise
 there is of its own making, and tells where it was going; noise drawn anew tells
-nothing, so that colours must be read from the caption. Lessons are of both, and mostly
-of what the refiner is for: the base's own.
+nothing, so that colours must be read from the caption. Lessons begin at both, and
+mostly at what the refiner is handed: the base's own places. From there they go on as
+the refiner's own steps lead (as DAgger has it: Ross et al. 2011), to the same end; so
+its last steps learn to make good what its first did wrong.
 
 An end's colours are put right, as in `mending`. What a wrong colour would change is
 kept as well, where all things have one colour: some lessons begin with colours that are
@@ -21,19 +23,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from denoising import KEPT, Model, noised, some_captions
+from denoising import KEPT, SIGMAS, Model, noise_free, noised, some_captions
 from diffusers import AutoencoderKL
 from latents import Latents
 from mending import in_color
-from rollouts import Rollouts, scenes_told
+from rollouts import Rollouts, put, scenes_told
 from scenes import OBJECT_COLORS, Scene
 
 HIGHEST_TIMESTEP = 200
-STRIDES = (40, 60)  # timesteps of the base's steps: of 50, twenty are a whole way
+STRIDES = (40, 60)  # timesteps of steps: of 50, twenty are a whole way
+USUAL_STRIDE = 50  # of every other batch that the base draws
+BEST_SCORE, WORST_SCORE = 6.0, 1.0
+BEST_SHARE = 0.5  # of lessons that ask for the best
 DRAWN, DRAWINGS = 16, 4  # pictures that are added at a time: the base's, and drawings
 KEPT_PICTURES = 600  # at most, of a size
-SEEN_SHARE = 0.8  # of lessons on the base's pictures, at a place that it came through
-OFF_SHARE, MOST_OFF = 0.25, 0.35  # of lessons with a colour that is off, and how far
+SEEN_SHARE = 0.8  # of starts with the base's pictures, at places that it came through
+OFF_SHARE, MOST_OFF = 0.25, 0.35  # of starts with a colour that is off, and how far
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Picture:
     """One picture: its latents, and what they should be with the right colours.
 
     latents, righted, off (4, h, w), the last what wrong colours would add; context
-    (77, C), pooled (C,), time_ids (6,); `seen`: x on the way to it, and timesteps.
+    (77, C), pooled (C,), time_ids (6,); `seen`: x on the way to it, and timesteps;
+    how many of these a step takes.
     """
 
     latents: torch.Tensor
@@ -51,13 +57,15 @@ class Picture:
     pooled: torch.Tensor
     time_ids: torch.Tensor
     seen: list[tuple[torch.Tensor, int]]
+    stride: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lesson:
     """What is asked and what is in it: each (B, ...), of one size of picture.
 
-    x at `timesteps`; the latents that are in x, and those that the caption asks for.
+    x at `timesteps`; the latents that are in x, and those that the caption asks for;
+    the scores that are asked for, and how far a step goes down.
     """
 
     x: torch.Tensor
@@ -67,26 +75,61 @@ class Lesson:
     context: torch.Tensor
     pooled: torch.Tensor
     time_ids: torch.Tensor
+    scores: torch.Tensor
+    strides: torch.Tensor
+
+    def step(self, noise: torch.Tensor) -> None:
+        """Go down as the predicted noise (B, 4, h, w) says.
+
+        So much of the noise as goes, goes of what should not be in x.
+        """
+        clean = noise_free(self.x, noise, self.timesteps)
+        low = self.timesteps - self.strides
+        left = SIGMAS[low.clamp(min=0)] / SIGMAS[self.timesteps]
+        left = left[:, None, None, None]
+        self.latents = torch.lerp(self.righted, self.latents, left)
+        self.x, self.timesteps = noised(clean, noise, low.clamp(min=0)), low
 
 
 class Teaching:
-    """What the base has drawn of late, by size, and some drawings."""
+    """What the base has drawn of late, and some drawings; lessons; all by size."""
 
     def __init__(self, base: Model, vae: AutoencoderKL, data: Latents) -> None:
         self.base, self.vae, self.data = base, vae, data
         self.rollouts = Rollouts(data, base.language, DRAWN)
         self.pictures: dict[tuple[int, ...], deque[Picture]] = {}
+        self.of: dict[tuple[int, ...], Lesson] = {}
 
     @torch.no_grad()
     def lesson(
         self, count: int, rng: random.Random, source: torch.Generator, *, anew: bool
     ) -> Lesson:
-        """Return `count` pictures of one size, noised; if anew, add some before."""
+        """Return the lesson of one size, `count` pictures; if anew, add some before.
+
+        What its steps have brought to the end is replaced by what begins.
+        """
         size = self.data.any_size(rng)
         known = self.pictures.setdefault(size, deque(maxlen=KEPT_PICTURES))
         if anew or not known:
             known.extend(self._drawn(size, rng, source))
             known.extend(self._drawings(size, rng))
+        if size not in self.of:
+            self.of[size] = self._begin(known, count, rng, source)
+        lesson = self.of[size]
+        over = lesson.timesteps < 0
+        if over.any():
+            begun = self._begin(known, int(over.sum()), rng, source)
+            put(begun, lesson, over)
+        return lesson
+
+    def _begin(
+        self,
+        known: Sequence[Picture],
+        count: int,
+        rng: random.Random,
+        source: torch.Generator,
+    ) -> Lesson:
+        """Begin at places of low noise with some of the known pictures."""
         pictures = rng.choices(known, k=count)
         share = torch.rand(2, count, 1, 1, 1, generator=source)
         share = torch.where(share[0] < OFF_SHARE, MOST_OFF * share[1], 0.0)
@@ -100,14 +143,24 @@ class Teaching:
         names = ("righted", "context", "pooled", "time_ids")
         told = {n: torch.stack([getattr(p, n) for p in pictures]) for n in names}
         kept = KEPT.float()[timesteps][:, None, None, None]
-        return Lesson(x + kept.sqrt() * off, timesteps, latents + off, **told)
+        draws = torch.rand(2, count, generator=source)
+        worse = torch.where(draws[0] < BEST_SHARE, 0.0, draws[1])
+        return Lesson(
+            x=x + kept.sqrt() * off,
+            timesteps=timesteps,
+            latents=latents + off,
+            scores=BEST_SCORE - (BEST_SCORE - WORST_SCORE) * worse,
+            strides=torch.tensor([picture.stride for picture in pictures]),
+            **told,
+        )
 
     def _drawn(
         self, size: tuple[int, ...], rng: random.Random, source: torch.Generator
     ) -> list[Picture]:
         """Have the base draw pictures."""
         on = self.rollouts.begin(size, rng, source)
-        on.strides = torch.full_like(on.strides, rng.randint(*STRIDES))
+        stride = rng.choice((USUAL_STRIDE, rng.randint(*STRIDES)))
+        on.strides = torch.full_like(on.strides, stride)
         ways: list[tuple[torch.Tensor, torch.Tensor]] = []
         while (on.timesteps >= 0).all():
             if (on.timesteps < HIGHEST_TIMESTEP).all():
@@ -116,7 +169,8 @@ class Teaching:
         seen = [[(x[n], int(t[n])) for x, t in ways] for n in range(len(end))]
         told = on.context, on.pooled, on.time_ids
         righted = self._recolored(end, on.asked)
-        return self._pictures(end, righted, on.asked, told, seen, rng)
+        strides = [stride] * len(seen)
+        return self._pictures(end, righted, on.asked, told, seen, strides, rng)
 
     def _drawings(self, size: tuple[int, ...], rng: random.Random) -> list[Picture]:
         """Take drawings as they are."""
@@ -124,8 +178,9 @@ class Teaching:
         texts = some_captions(batch.scenes, rng)
         told = *self.base.language(texts), batch.time_ids
         asked, none = scenes_told(batch.scenes, texts), [[] for _ in texts]
+        strides = [rng.randint(*STRIDES) for _ in texts]
         drawings = batch.latents
-        return self._pictures(drawings, drawings, asked, told, none, rng)
+        return self._pictures(drawings, drawings, asked, told, none, strides, rng)
 
     def _pictures(
         self,
@@ -134,6 +189,7 @@ class Teaching:
         asked: np.ndarray,
         told: tuple[torch.Tensor, ...],
         seen: Sequence[list[tuple[torch.Tensor, int]]],
+        strides: Sequence[int],
         rng: random.Random,
     ) -> list[Picture]:
         """Find what wrong colours would add to each."""
@@ -142,7 +198,7 @@ class Teaching:
             plain = scene is not None and scene.kind != "two"
             wrong[n] = miscolored(scene, rng) if plain else None
         off = self._recolored(latents, wrong) - latents
-        each = zip(latents, righted, off, *told, seen, strict=True)
+        each = zip(latents, righted, off, *told, seen, strides, strict=True)
         return [Picture(*values) for values in each]
 
     def _recolored(self, latents: torch.Tensor, scenes: np.ndarray) -> torch.Tensor:
