@@ -21,6 +21,7 @@ from torch import nn
 
 CHUNK = 128
 THREADS = 2
+SHARP = 5  # pixels across the neighbourhood that a picture is sharpened by
 SEEDS_FROM = 30_000_000
 ASPECTS = ((128, 128),) * 6 + ((192, 128), (128, 192))
 
@@ -169,3 +170,17 @@ def softened(latents: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Keep a share (B,) of what stands out from the mean of a cell's neighbourhood."""
     mean = nn.functional.avg_pool2d(latents, 3, 1, 1, count_include_pad=False)
     return torch.lerp(mean, latents, kept[:, None, None, None])
+
+
+def sharpened(pictures: torch.Tensor, amount: float) -> torch.Tensor:
+    """Sharpen pictures (B, 3, H, W): an unsharp mask that adds no new colours.
+
+    What a pixel differs by from the mean of its neighbourhood is added `amount` times,
+    but never beyond the lightest and the darkest there.
+    """
+    wide = nn.functional.pad(pictures, (SHARP // 2,) * 4, mode="replicate")
+    most = nn.functional.max_pool2d(wide, SHARP, 1)
+    least = -nn.functional.max_pool2d(-wide, SHARP, 1)
+    mean = nn.functional.avg_pool2d(wide, SHARP, 1)
+    sharp = pictures + amount * (pictures - mean)
+    return torch.maximum(torch.minimum(sharp, most), least)

@@ -130,22 +130,33 @@ def original_edges(time_ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def in_color(
-    vae: AutoencoderKL, latents: torch.Tensor, scenes: Sequence[Scene]
+    vae: AutoencoderKL,
+    latents: torch.Tensor,
+    scenes: Sequence[Scene],
+    near: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Recolour pictures; return them and what that adds to their latents.
 
-    latents: (B, 4, h, w). Returns pictures (B, 3, 8 h, 8 w) in -1..1 and latents.
+    latents: (B, 4, h, w); near: as in `recolored`. Returns pictures (B, 3, 8 h, 8 w) in
+    -1..1 and latents.
     """
     if not len(scenes):
         return decoded(vae, latents), torch.zeros_like(latents)
     before = decoded(vae, latents).clamp(-1, 1)
     pairs = zip(before.permute(0, 2, 3, 1).numpy(), scenes, strict=True)
-    after = np.stack([recolored(picture, scene) for picture, scene in pairs])
+    after = np.stack([recolored(picture, scene, near) for picture, scene in pairs])
     pictures = torch.from_numpy(after).permute(0, 3, 1, 2)
+    return pictures, added_by(vae, before, pictures)
+
+
+def added_by(
+    vae: AutoencoderKL, before: torch.Tensor, after: torch.Tensor
+) -> torch.Tensor:
+    """Return what a change of pictures (B, 3, H, W) adds to their latents."""
     with torch.autocast("cpu", torch.bfloat16):
-        means = vae.encode(torch.cat((before, pictures))).latent_dist.mean.float()
+        means = vae.encode(torch.cat((before, after))).latent_dist.mean.float()
     old, new = means.chunk(2)
-    return pictures, (new - old) * vae.config.scaling_factor
+    return (new - old) * vae.config.scaling_factor
 
 
 def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:

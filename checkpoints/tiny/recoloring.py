@@ -25,17 +25,18 @@ TIED = 0.15  # of a line between two things, what stands out if they are not apa
 ROUNDS = 8
 
 
-def recolored(picture: np.ndarray, scene: Scene) -> np.ndarray:
+def recolored(picture: np.ndarray, scene: Scene, near: float = 0.0) -> np.ndarray:
     """Return a picture (H, W, 3) in -1..1 of `scene` with the colours of its things.
 
-    What is too faint to have a colour, and a pattern that cannot be seen, stay.
+    What is too faint to have a colour, and a pattern that cannot be seen, stay. So does
+    a thing with its colour nearer than `near` of the distance to any other colour.
     """
     ground = _ground(picture)
     contrast = np.linalg.norm(picture - ground, axis=-1)
     changed = picture.copy()
     for where, thing in _things(picture, contrast, scene):
         seen = _colors(picture, np.where(where, contrast, 0), thing)
-        if seen is not None:
+        if seen is not None and not _is_near(seen[0], thing.color, near):
             mixture = _mixture(picture[where] - ground, seen - ground)
             changed[where] = ground + mixture @ (_asked(thing) - ground)
     return changed
@@ -135,6 +136,12 @@ def _colors(
     return np.stack(
         (darker, lighter) if color.sum() < mark.sum() else (lighter, darker)
     )
+
+
+def _is_near(seen: np.ndarray, name: str, near: float) -> bool:
+    """Tell whether a colour (3,) is nearer to the named one than `near` of others."""
+    far = {other: np.linalg.norm(seen - _tone(COLORS[other])) for other in COLORS}
+    return far.pop(name) < near * min(far.values())
 
 
 def _asked(thing: Thing) -> np.ndarray:

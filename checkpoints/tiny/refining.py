@@ -3,11 +3,11 @@
 Design: the base teaches it (`teaching`). What it is to predict is the noise that leaves
 the base's picture with its colours put right and a share of its edges kept, by the
 aesthetic score. It is run at a guidance of 5 between a score and 2.5, which overshoots
-that share; the share therefore falls slowly at first, so that 6 gives edges a thirtieth
-more than the base's at each step (of an eighth, colours and shapes would take harm),
-and 1 little more than half of them. That guided prediction is held to what it should be
-as well, as in `calibrating`, and more than the others: it is what pictures are made of.
-It is compared in pixels too, as in `mending`.
+that share; it therefore falls slowly at first. Beyond the whole of them, edges are not
+raised in latents, which would raise colours too, but are steeper, as in a picture that
+was sharpened, fully at 6; 1 keeps little more than half of them. That guided prediction
+is held to what it should be as well, as in `calibrating`, and more than the others: it
+is what pictures are made of. It is compared in pixels too, as in `mending`.
 
 Without a caption, it is to leave the colours that it sees; with one, to go a fifth of
 the way to those asked for, which guidance makes the whole. The refiner reads the second
@@ -37,7 +37,7 @@ from latents import Latents, softened
 from mending import decoded
 from networks import make_refiner_unet, start_folder
 from rollouts import GUIDANCE
-from teaching import BEST_SCORE, WORST_SCORE, Teaching
+from teaching import BEST_SCORE, WORST_SCORE, Lesson, Teaching
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage
 
@@ -141,7 +141,7 @@ def refiner_loss(
             torch.cat([refiner_ids(asked.time_ids, s) for s in (scores, negative)]),
         ).chunk(2)
         kept, least = edges_kept(scores), edges_kept(negative)
-        right = softened(asked.righted, least + GUIDANCE * (kept - least))
+        right = edged(asked, least + GUIDANCE * (kept - least))
         wanted_low = noise_of(x, softened(asked.latents, least), timesteps)
         wanted = noise_of(x, right, timesteps)
         errors = guided_error(
@@ -170,6 +170,14 @@ def edges_kept(scores: torch.Tensor) -> torch.Tensor:
     """Return the share of edges that a score (B,) keeps: 1 at 6, 0.9 at 1."""
     worse = (BEST_SCORE - scores) / (BEST_SCORE - WORST_SCORE)
     return 1 - SOFTEST * worse**FALL
+
+
+def edged(asked: Lesson, kept: torch.Tensor) -> torch.Tensor:
+    """Return what is asked for with a share (B,) of its edges; beyond 1, sharper."""
+    negative = edges_kept(torch.tensor(NEGATIVE_SCORE))
+    most = (GUIDANCE - 1) * (1 - negative)
+    sharp = ((kept - 1) / most).clamp(min=0)[:, None, None, None]
+    return softened(asked.righted, kept.clamp(max=1)) + sharp * asked.sharper
 
 
 def window(size: torch.Size, rng: random.Random) -> tuple[slice | EllipsisType, ...]:

@@ -8,10 +8,14 @@ mostly at what the refiner is handed: the base's own places. From there they go 
 the refiner's own steps lead (as DAgger has it: Ross et al. 2011), to the same end; so
 its last steps learn to make good what its first did wrong.
 
-An end's colours are put right, as in `mending`. What a wrong colour would change is
-kept as well, where all things have one colour: some lessons begin with colours that are
-off by a part of that, which the caption alone can tell. Else it is hardly ever needed,
-and never read. In pairs, so small a network would take one thing for the other.
+An end's colours are put right, as in `mending`, but only where they are wrong or nearly
+so, for what is recoloured loses some of its shape. How it would be sharper is found in
+pixels, for in latents, what is sharpened changes its colour.
+
+What a wrong colour would change is kept as well, where all things have one colour: some
+lessons begin with colours that are off by a part of that, which the caption alone can
+tell. Else it is hardly ever needed, and never read. In pairs, so small a network would
+take one thing for the other.
 """
 
 from __future__ import annotations
@@ -25,8 +29,8 @@ import numpy as np
 import torch
 from denoising import KEPT, SIGMAS, Model, noise_free, noised, some_captions
 from diffusers import AutoencoderKL
-from latents import Latents
-from mending import in_color
+from latents import Latents, sharpened
+from mending import added_by, decoded, in_color
 from rollouts import Rollouts, put, scenes_told
 from scenes import OBJECT_COLORS, Scene
 
@@ -38,6 +42,8 @@ BEST_SHARE = 0.5  # of lessons that ask for the best
 DRAWN, DRAWINGS = 16, 4  # pictures that are added at a time: the base's, and drawings
 KEPT_PICTURES = 600  # at most, of a size
 SEEN_SHARE = 0.8  # of starts with the base's pictures, at places that it came through
+NEAR = 0.6  # of the distance to other colours, up to which one is right
+SHARPER = 0.75  # how much of what edges stand out is added to them
 OFF_SHARE, MOST_OFF = 0.25, 0.35  # of starts with a colour that is off, and how far
 
 
@@ -45,14 +51,15 @@ OFF_SHARE, MOST_OFF = 0.25, 0.35  # of starts with a colour that is off, and how
 class Picture:
     """One picture: its latents, and what they should be with the right colours.
 
-    latents, righted, off (4, h, w), the last what wrong colours would add; context
-    (77, C), pooled (C,), time_ids (6,); `seen`: x on the way to it, and timesteps;
-    how many of these a step takes.
+    latents, righted, off, sharper (4, h, w), the last two what wrong colours and
+    sharper edges would add; context (77, C), pooled (C,), time_ids (6,); `seen`: x on
+    the way to it, and timesteps; how many of these a step takes.
     """
 
     latents: torch.Tensor
     righted: torch.Tensor
     off: torch.Tensor
+    sharper: torch.Tensor
     context: torch.Tensor
     pooled: torch.Tensor
     time_ids: torch.Tensor
@@ -64,14 +71,15 @@ class Picture:
 class Lesson:
     """What is asked and what is in it: each (B, ...), of one size of picture.
 
-    x at `timesteps`; the latents that are in x, and those that the caption asks for;
-    the scores that are asked for, and how far a step goes down.
+    x at `timesteps`; the latents that are in x, those that the caption asks for, what
+    makes these sharper; the scores that are asked for, and how far a step goes down.
     """
 
     x: torch.Tensor
     timesteps: torch.Tensor
     latents: torch.Tensor
     righted: torch.Tensor
+    sharper: torch.Tensor
     context: torch.Tensor
     pooled: torch.Tensor
     time_ids: torch.Tensor
@@ -140,7 +148,7 @@ class Teaching:
         for n, picture in enumerate(pictures):
             if picture.seen and rng.random() < SEEN_SHARE:
                 x[n], timesteps[n] = rng.choice(picture.seen)
-        names = ("righted", "context", "pooled", "time_ids")
+        names = ("righted", "sharper", "context", "pooled", "time_ids")
         told = {n: torch.stack([getattr(p, n) for p in pictures]) for n in names}
         kept = KEPT.float()[timesteps][:, None, None, None]
         draws = torch.rand(2, count, generator=source)
@@ -168,7 +176,7 @@ class Teaching:
             end = on.step(*self.base.both_noises_in(*on.question), source)
         seen = [[(x[n], int(t[n])) for x, t in ways] for n in range(len(end))]
         told = on.context, on.pooled, on.time_ids
-        righted = self._recolored(end, on.asked)
+        righted = self._recolored(end, on.asked, NEAR)
         strides = [stride] * len(seen)
         return self._pictures(end, righted, on.asked, told, seen, strides, rng)
 
@@ -192,21 +200,29 @@ class Teaching:
         strides: Sequence[int],
         rng: random.Random,
     ) -> list[Picture]:
-        """Find what wrong colours would add to each."""
+        """Find what wrong colours and sharper edges would add to each."""
         wrong = np.empty(len(asked), object)
         for n, scene in enumerate(asked):
             plain = scene is not None and scene.kind != "two"
             wrong[n] = miscolored(scene, rng) if plain else None
         off = self._recolored(latents, wrong) - latents
-        each = zip(latents, righted, off, *told, seen, strides, strict=True)
+        sharper = self._sharper(righted)
+        each = zip(latents, righted, off, sharper, *told, seen, strides, strict=True)
         return [Picture(*values) for values in each]
 
-    def _recolored(self, latents: torch.Tensor, scenes: np.ndarray) -> torch.Tensor:
+    def _recolored(
+        self, latents: torch.Tensor, scenes: np.ndarray, near: float = 0.0
+    ) -> torch.Tensor:
         """Return latents (B, 4, h, w) in the colours of scenes (B,), if any."""
         where = [n for n, scene in enumerate(scenes) if scene is not None]
         recolored = latents.clone()
-        recolored[where] += in_color(self.vae, latents[where], scenes[where])[1]
+        recolored[where] += in_color(self.vae, latents[where], scenes[where], near)[1]
         return recolored
+
+    def _sharper(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return what makes latents (B, 4, h, w) those of a sharper picture."""
+        pictures = decoded(self.vae, latents).clamp(-1, 1)
+        return added_by(self.vae, pictures, sharpened(pictures, SHARPER))
 
 
 def miscolored(scene: Scene, rng: random.Random) -> Scene:

@@ -13,8 +13,11 @@ pytest.importorskip("transformers")
 from autoencoder import load_vae  # noqa: E402
 from captions import plain_caption, tells_colors  # noqa: E402
 from drawing import pixels  # noqa: E402
+from latents import sharpened, softened  # noqa: E402
 from mending import SHAPED, in_color, original_edges, shaped  # noqa: E402
 from networks import start_folder  # noqa: E402
+from refining import edged, edges_kept  # noqa: E402
+from rollouts import GUIDANCE  # noqa: E402
 from scenes import draw_scene  # noqa: E402
 from test_recoloring import other_colors  # noqa: E402
 
@@ -79,6 +82,35 @@ def test_small_originals_lose_edges_and_others_none():
     told = torch.tensor([[h, w, 0, 0, target, target] for h, w, target in ids])
     kept = original_edges(told.float())
     assert kept.tolist() == pytest.approx([0.4, 0.5875, 0.99375, 1, 1])
+
+
+def test_a_sharpened_picture_has_steeper_edges_and_no_new_colours():
+    ramp = torch.tensor([0.1, 0.1, 0.1, 0.2, 0.5, 0.8, 0.9, 0.9, 0.9])
+    pictures = torch.stack((ramp, -ramp, ramp / 2)).expand(2, 9, 3, 9).transpose(1, 2)
+    sharp = sharpened(pictures, 1.0)
+    assert sharp.min() == pictures.min()
+    assert sharp.max() == pictures.max()
+    row = sharp[0, 0, 0]
+    assert row.tolist() == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.5, 0.9, 0.9, 0.9, 0.9])
+    assert torch.equal(sharp[1, 2, 5], row / 2)
+    flat = torch.full((1, 3, 8, 8), 0.3)
+    assert torch.equal(sharpened(flat, 1.0), flat)
+
+
+def test_scores_ask_for_fewer_edges_or_for_sharper_ones():
+    """At 2.5, guidance has nothing to add; at 6, what is sharper is added whole.
+
+    Edges that 1, 2.5 keep, guided: 0.9918 + 5 (0.9 - 0.9918), 0.9918; 1 - 0.1 * 0.7**7.
+    """
+    source = torch.Generator().manual_seed(0)
+    righted, sharper = torch.randn(2, 3, 4, 8, 8, generator=source)
+    scores = torch.tensor([1.0, 2.5, 6.0])
+    kept, least = edges_kept(scores), edges_kept(torch.tensor(2.5))
+    asked = SimpleNamespace(righted=righted, sharper=sharper)
+    found = edged(asked, least + GUIDANCE * (kept - least))
+    soft = softened(righted[:2], torch.tensor([0.53294, 0.991765]))
+    assert torch.allclose(found[:2], soft, atol=1e-4)
+    assert torch.allclose(found[2], righted[2] + sharper[2], atol=1e-5)
 
 
 def test_a_caption_tells_colours_or_does_not():

@@ -88,3 +88,19 @@ def test_what_cannot_be_seen_stays():
     blank = np.full((128, 192, 3), 0.25, np.float32)
     blank[40:80, 40:80] += 0.05
     assert np.array_equal(recolored(blank, scene), blank)
+
+
+def test_what_is_nearer_to_its_colour_than_to_any_other_may_stay():
+    """No drawing of 120 is changed; with other colours, each is as if none may stay."""
+    changed = {0.0: 0, 0.6: 0}
+    for seed in DRAWINGS:
+        scene = draw_scene(seed, kind="one")
+        if scene.things[0].texture:
+            continue
+        for near in changed:
+            found = recolored(picture(scene), scene, near)
+            changed[near] += not np.array_equal(found, picture(scene))
+        wrong = picture(other_colors(scene))
+        assert np.array_equal(recolored(wrong, scene, 0.6), recolored(wrong, scene))
+    assert changed[0.0] > 50
+    assert changed[0.6] == 0

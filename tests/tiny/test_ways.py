@@ -109,7 +109,7 @@ def test_a_refiner_is_asked_what_colours_are_off_and_told_the_right_ones(
 ):
     """Colours add ten times their number here, so that none can be taken for noise."""
 
-    def in_color(vae, latents, scenes):
+    def in_color(vae, latents, scenes, near):
         numbers = [OBJECT_COLORS.index(scene.things[0].color) for scene in scenes]
         added = 10.0 * torch.tensor(numbers)[:, None, None, None] + 10
         return None, added.expand(latents.shape)
@@ -119,6 +119,7 @@ def test_a_refiner_is_asked_what_colours_are_off_and_told_the_right_ones(
         return noise, noise
 
     monkeypatch.setattr(teaching, "in_color", in_color)
+    monkeypatch.setattr(teaching.Teaching, "_sharper", lambda _, latents: 0 * latents)
     monkeypatch.setattr(model, "both_noises_in", both_noises_in)
     rng, source = random.Random(0), torch.Generator().manual_seed(0)
     lessons = teaching.Teaching(model, None, data)
