@@ -47,7 +47,6 @@ SOFTEST, FALL = 0.1, 7  # what the worst score takes off edges; how late others 
 NEW_EVERY = 20  # steps from one time that the base draws pictures to the next
 EACH_WEIGHT, STAIN_WEIGHT = 0.2, 4.0  # of unguided predictions; of what is off at once
 PIXELS = 30.0  # how much the error of pixels counts, of a quarter of every picture
-LEARNED = 0.5  # share that is kept of what a trained refiner learns on
 CLEAR = 0.2  # sigma up to which what is wrong with the picture counts, not the noise
 SEEDS_FROM = 60_000_000
 
@@ -101,18 +100,9 @@ def start_refiner(work: Path) -> Refiner:
 
 
 def load_refiner(work: Path) -> Refiner:
-    """Return the averaged refiner of `work`, half way from the one it started from.
-
-    That has more colours right than what it learned alone.
-    Source: Wortsman et al. 2022 (WiSE-FT).
-    """
+    """Return the averaged refiner of `work`."""
     refiner = Refiner()
     load_average(work / "refiner.pt", refiner)
-    if start_folder(work, "refiner").exists():
-        old = start_refiner(work)
-        with torch.no_grad():
-            ours, theirs = list(refiner.parameters()), list(old.parameters())
-            torch._foreach_lerp_(ours, theirs, 1 - LEARNED)
     return refiner
 
 

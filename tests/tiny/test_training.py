@@ -108,26 +108,6 @@ def test_a_consistency_model_gets_what_the_base_has_learned_since(work):
     assert all((p == 2.25).all() for p in student.parameters() if p is not new)
 
 
-def test_a_refiner_keeps_half_of_what_it_has_learned_on(work):
-    """Oracle: the mean by hand, of what it started from and its average."""
-    from networks import start_folder
-    from refining import Refiner, load_refiner
-
-    def filled(value):
-        refiner = Refiner()
-        with torch.no_grad():
-            for parameter in refiner.parameters():
-                parameter.fill_(value)
-        return refiner
-
-    new = filled(3.0)
-    state = {"nets": new.state_dict(), "average": list(new.parameters()), "step": 1}
-    torch.save(state, work / "refiner.pt")
-    assert all((p == 3).all() for p in load_refiner(work).parameters())
-    filled(1.0).unet.save_pretrained(start_folder(work, "refiner") / "unet")
-    assert all((p == 2).all() for p in load_refiner(work).parameters())
-
-
 def test_training_starts_from_the_shipped_weights(work):
     """Oracle: the shipped files; exact, as they are read at fp16."""
     from click.testing import CliRunner
