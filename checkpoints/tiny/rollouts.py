@@ -83,7 +83,7 @@ class Rollouts:
         over = rollout.timesteps < 0
         if over.any():
             batch = self.data.batch(rng, int(over.sum()), size)
-            put(self._begin(batch, rng, source), rollout, over)
+            replace_some(rollout, over, self._begin(batch, rng, source))
         return rollout
 
     @torch.no_grad()
@@ -128,11 +128,14 @@ class Rollouts:
         )
 
 
-def put(some: object, on: object, where: torch.Tensor) -> None:
-    """Put the arrays of `some`, as many, where `where` (B,) in those of `on`."""
+def replace_some(on: object, where: torch.Tensor, others: object) -> None:
+    """Put the pictures of `others`, as many, in the places of `on` where `where` (B,).
+
+    Both of one class, all of whose fields are arrays (B, ...).
+    """
     for name, value in vars(on).items():
         places = where if isinstance(value, torch.Tensor) else where.numpy()
-        value[places] = getattr(some, name)
+        value[places] = getattr(others, name)
 
 
 def scenes_told(scenes: Sequence[Scene], texts: Sequence[str]) -> np.ndarray:

@@ -31,7 +31,7 @@ from denoising import KEPT, SIGMAS, Model, noise_free, noised, some_captions
 from diffusers import AutoencoderKL
 from latents import Latents, sharpened
 from mending import added_by, decoded, in_color
-from rollouts import Rollouts, put, scenes_told
+from rollouts import Rollouts, replace_some, scenes_told
 from scenes import OBJECT_COLORS, Scene
 
 HIGHEST_TIMESTEP = 200
@@ -106,7 +106,7 @@ class Teaching:
         self.base, self.vae, self.data = base, vae, data
         self.rollouts = Rollouts(data, base.language, DRAWN)
         self.pictures: dict[tuple[int, ...], deque[Picture]] = {}
-        self.of: dict[tuple[int, ...], Lesson] = {}
+        self.lessons: dict[tuple[int, ...], Lesson] = {}
 
     @torch.no_grad()
     def lesson(
@@ -121,13 +121,13 @@ class Teaching:
         if anew or not known:
             known.extend(self._drawn(size, rng, source))
             known.extend(self._drawings(size, rng))
-        if size not in self.of:
-            self.of[size] = self._begin(known, count, rng, source)
-        lesson = self.of[size]
+        if size not in self.lessons:
+            self.lessons[size] = self._begin(known, count, rng, source)
+        lesson = self.lessons[size]
         over = lesson.timesteps < 0
         if over.any():
             begun = self._begin(known, int(over.sum()), rng, source)
-            put(begun, lesson, over)
+            replace_some(lesson, over, begun)
         return lesson
 
     def _begin(
