@@ -23,7 +23,8 @@ class UNetConfig:
     """The denoising network.
 
     `transformer_depth` has one entry per level; 0 means no attention at that level. The
-    middle block has a depth of its own, `middle_depth`. `time_cond_proj_dim` is the
+    middle block has a depth of its own, `middle_depth`; None makes it a residual block
+    and nothing else, as in SSD-1B (Gupta et al. 2024). `time_cond_proj_dim` is the
     width of LCM's guidance embedding, None when the network has none. `norm_groups` is
     the number of groups of every group norm: narrow networks need fewer, or a group is
     one channel and a flat colour is normalized away.
@@ -32,7 +33,7 @@ class UNetConfig:
     model_channels: int
     channel_mult: tuple[int, ...]
     transformer_depth: tuple[int, ...]
-    middle_depth: int
+    middle_depth: int | None
     head_dim: int
     context_dim: int
     adm_in_channels: int
@@ -179,9 +180,9 @@ TINY_REFINER = ModelConfig(
     kind="refiner",
     unet=UNetConfig(
         model_channels=32,
-        channel_mult=(1, 1, 1, 1),
-        transformer_depth=(0, 2, 2, 0),
-        middle_depth=2,
+        channel_mult=(1, 2),
+        transformer_depth=(0, 1),
+        middle_depth=None,
         head_dim=32,
         context_dim=32,
         adm_in_channels=32 + 5 * 64,

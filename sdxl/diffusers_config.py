@@ -48,7 +48,6 @@ UNET_FIXED: dict[str, tuple[Any, Any]] = {
     "flip_sin_to_cos": (True, True),
     "freq_shift": (0, 0),
     "mid_block_scale_factor": (1, 1),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DCrossAttn"),
     "norm_eps": (1e-5, 1e-5),
     "num_class_embeds": (None, None),
     "only_cross_attention": (False, False),
@@ -72,6 +71,8 @@ VAE_FIXED: dict[str, tuple[Any, Any]] = {
     "use_post_quant_conv": (True, True),
     "use_quant_conv": (True, True),
 }
+# The middle block's types, and whether it has attention between two residual blocks.
+MIDDLES = {"UNetMidBlock2DCrossAttn": True, "UNetMidBlock2D": False}
 _TEXT_FIXED: dict[str, tuple[Any, Any]] = {
     "layer_norm_eps": (1e-5, 1e-5),
     "max_position_embeddings": (77, CONTEXT_LENGTH),
@@ -175,7 +176,7 @@ def _unet(fields: _Fields) -> UNetConfig:
             depth if attends else 0
             for depth, attends in zip(layers, attended, strict=True)
         ),
-        middle_depth=layers[-1],
+        middle_depth=layers[-1] if _middle_attends(fields) else None,
         head_dim=_head_dim(fields, width, mult, attended),
         context_dim=fields.integer("cross_attention_dim"),
         adm_in_channels=fields.integer("projection_class_embeddings_input_dim"),
@@ -185,6 +186,14 @@ def _unet(fields: _Fields) -> UNetConfig:
         time_cond_proj_dim=guidance and fields.integer("time_cond_proj_dim"),
         norm_groups=groups,
     )
+
+
+def _middle_attends(fields: _Fields) -> bool:
+    """Tell whether the middle block is more than a residual block."""
+    kind = fields.content.get("mid_block_type", next(iter(MIDDLES)))
+    if not isinstance(kind, str) or kind not in MIDDLES:
+        raise fields.refuse("mid_block_type", f"expected one of {list(MIDDLES)}")
+    return MIDDLES[kind]
 
 
 def _attended(fields: _Fields, levels: int) -> list[bool]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl.config import VAE_FACTOR, ModelConfig, TextEncoderConfig
-from sdxl.diffusers_config import UNET_FIXED, VAE_FIXED
+from sdxl.diffusers_config import MIDDLES, UNET_FIXED, VAE_FIXED
 from sdxl.stored import CheckpointError
 from sdxl.tokenizer import CONTEXT_LENGTH, read_merges, vocabulary_of
 
@@ -81,9 +81,13 @@ def unet_json(config: ModelConfig) -> dict[str, Any]:
     unet = config.unet
     widths = [unet.model_channels * mult for mult in unet.channel_mult]
     depths = [depth or 1 for depth in unet.transformer_depth]
-    if unet.transformer_depth[-1] not in (0, unet.middle_depth):
-        raise CheckpointError("diffusers gives the middle block the last level's depth")
-    depths[-1] = unet.middle_depth
+    attends = unet.middle_depth is not None
+    if attends:
+        if unet.transformer_depth[-1] not in (0, unet.middle_depth):
+            why = "diffusers gives the middle block the last level's depth"
+            raise CheckpointError(why)
+        depths[-1] = unet.middle_depth
+    middle = next(kind for kind, attended in MIDDLES.items() if attended == attends)
     down = [f"{'CrossAttn' if d else ''}DownBlock2D" for d in unet.transformer_depth]
     return {
         "_class_name": "UNet2DConditionModel",
@@ -95,6 +99,7 @@ def unet_json(config: ModelConfig) -> dict[str, Any]:
         "down_block_types": down,
         "in_channels": unet.in_channels,
         "layers_per_block": unet.num_res_blocks,
+        "mid_block_type": middle,
         "norm_num_groups": unet.norm_groups,
         "out_channels": unet.out_channels,
         "projection_class_embeddings_input_dim": unet.adm_in_channels,

@@ -73,8 +73,10 @@ def unet(config: UNetConfig, h: int, w: int) -> int:
             total += conv(here, here, areas[level + 1])
             skips.append(here)
 
-    total += 2 * res_block(here, here, areas[-1], embedding)
-    total += transformer(here, config.middle_depth, areas[-1], context)
+    total += res_block(here, here, areas[-1], embedding)
+    if config.middle_depth is not None:
+        total += transformer(here, config.middle_depth, areas[-1], context)
+        total += res_block(here, here, areas[-1], embedding)
 
     for level in reversed(range(len(widths))):
         for _ in range(config.num_res_blocks + 1):

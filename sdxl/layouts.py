@@ -123,6 +123,8 @@ def _unet_embeddings(config: UNetConfig) -> Specs:
 def _unet_middle(config: UNetConfig, width: int) -> Specs:
     time, new = config.time_embed_dim, "mid_block"
     yield from _resnet("middle_block.0", f"{new}.resnets.0", width, width, time)
+    if config.middle_depth is None:
+        return
     yield from _transformer(
         config, "middle_block.1", f"{new}.attentions.0", width, config.middle_depth
     )

@@ -265,14 +265,7 @@ class UNet(nn.Cell):
             )
         )
         self.input_blocks, skips = input_blocks(config, dtype)
-        middle = skips[-1]
-        self.middle_block = Block(
-            [
-                ResBlock(config, middle, middle, dtype),
-                SpatialTransformer(config, middle, config.middle_depth, dtype),
-                ResBlock(config, middle, middle, dtype),
-            ]
-        )
+        self.middle_block = middle_block(config, skips[-1], dtype)
         self.output_blocks = output_blocks(config, skips, dtype)
         self.out = nn.SequentialCell(
             GroupNorm(width, config.norm_groups, activated=True),
@@ -343,6 +336,17 @@ def input_blocks(config: UNetConfig, dtype: ms.Type) -> tuple[nn.CellList, list[
             blocks.append(Block([Downsample(width, dtype)]))
             skips.append(width)
     return nn.CellList(blocks), skips
+
+
+def middle_block(config: UNetConfig, width: int, dtype: ms.Type) -> Block:
+    """Build what lies between the halves."""
+    layers: list[nn.Cell] = [ResBlock(config, width, width, dtype)]
+    if config.middle_depth is not None:
+        layers += [
+            SpatialTransformer(config, width, config.middle_depth, dtype),
+            ResBlock(config, width, width, dtype),
+        ]
+    return Block(layers)
 
 
 def output_blocks(config: UNetConfig, skips: list[int], dtype: ms.Type) -> nn.CellList:

@@ -5,6 +5,7 @@ The figures are those of the preset `tiny` in `sdxl/config.py`; a test compares 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -73,21 +74,11 @@ def make_refiner_unet() -> UNet2DConditionModel:
     """Return the refiner's denoiser (preset `tiny-refiner`)."""
     return UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(32, 32, 32, 32),
-        down_block_types=(
-            "DownBlock2D",
-            "CrossAttnDownBlock2D",
-            "CrossAttnDownBlock2D",
-            "DownBlock2D",
-        ),
-        up_block_types=(
-            "UpBlock2D",
-            "CrossAttnUpBlock2D",
-            "CrossAttnUpBlock2D",
-            "UpBlock2D",
-        ),
-        transformer_layers_per_block=(2, 2, 2, 2),
-        attention_head_dim=(1, 1, 1, 1),
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2D",  # a single ResBlock
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(1, 2),
         cross_attention_dim=TEXT_WIDTH,
         addition_embed_type="text_time",
         addition_time_embed_dim=SIZE_EMBED_DIM,
@@ -95,6 +86,40 @@ def make_refiner_unet() -> UNet2DConditionModel:
         use_linear_projection=True,
         norm_num_groups=NORM_GROUPS,
     )
+
+
+@torch.no_grad()
+def upper_levels(base: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Return a refiner's denoiser that has the base's levels but its lowest.
+
+    What comes up from below, and the score, have no effect as yet. Of what the base is
+    told, the second encoder's context stays, the pooled vector, and all sizes but the
+    target's.
+    """
+    refiner = make_refiner_unet()
+    weights = base.state_dict()
+    for name, ours in refiner.state_dict().items():
+        if name.startswith("mid_block"):
+            continue
+        theirs = weights[re.sub(r"^up_blocks\.(\d)", _level_above, name)]
+        if theirs.shape == ours.shape:
+            ours.copy_(theirs)
+        elif name.startswith("add_embedding"):
+            known = TEXT_WIDTH + 4 * SIZE_EMBED_DIM
+            ours.zero_()[:, :known] = theirs[:, :known]
+        elif ".attn2." in name:
+            ours.copy_(theirs[:, -TEXT_WIDTH:])
+        elif ours.ndim > 1:  # reads what comes up from below, then the way down's
+            half = ours.shape[1] // 2
+            ours.zero_()[:, half:] = theirs[:, -half:]
+        else:  # the norm before that
+            half = len(ours) // 2
+            ours[half:] = theirs[-half:]
+    return refiner
+
+
+def _level_above(found: re.Match[str]) -> str:
+    return f"up_blocks.{int(found[1]) + 1}"
 
 
 def make_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:

@@ -1,13 +1,15 @@
 """Train the refiner: the last fifth of the process, told how good a picture should be.
 
-Design: the base teaches it (`teaching`). What it is to predict is the noise that leaves
-the base's picture with its colours put right and a share of its edges kept, by the
-aesthetic score. It is run at a guidance of 5 between a score and 2.5, which overshoots
-that share; it therefore falls slowly at first. Beyond the whole of them, edges are not
-raised in latents, which would raise colours too, but are steeper, as in a picture that
-was sharpened, fully at 6; 1 keeps little more than half of them. That guided prediction
-is held to what it should be as well, as in `calibrating`, and more than the others: it
-is what pictures are made of. It is compared in pixels too, as in `mending`.
+Design: it begins as the base's upper levels, which do nearly all of that fifth, and
+learns from the base's pictures (`pictures`, `teaching`). What it is to predict is the
+noise that leaves a picture with its colours put right and a share of its edges kept, by
+the aesthetic score. It is run at a guidance of 5 between a score and 2.5, which
+overshoots that share; it therefore falls slowly at first. Beyond the whole of them,
+edges are not raised in latents, which would raise colours too, but are steeper, as in a
+picture that was sharpened, fully at 6; 1 keeps little more than half of them. That
+guided prediction is held to what it should be as well, as in `calibrating`, and more
+than the others: it is what pictures are made of. It is compared in pixels too, as in
+`mending`: neighbours among colours are near each other in latents.
 
 Without a caption, it is to leave the colours that it sees; with one, to go a fifth of
 the way to those asked for, which guidance makes the whole. The refiner reads the second
@@ -17,6 +19,7 @@ encoder alone, and has no zeroed branch: an empty text stands against the captio
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 
@@ -25,7 +28,6 @@ from autoencoder import load_vae
 from calibrating import guided_error
 from denoising import (
     SIGMAS,
-    Model,
     load_base,
     noise_free,
     noise_of,
@@ -33,9 +35,10 @@ from denoising import (
 )
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from language import SECOND, Language
-from latents import Latents, softened
+from latents import softened
 from mending import decoded
-from networks import make_refiner_unet, start_folder
+from networks import make_refiner_unet, start_folder, upper_levels
+from pictures import Picture, load_pictures
 from rollouts import GUIDANCE
 from teaching import BEST_SCORE, WORST_SCORE, Lesson, Teaching
 from torch import nn
@@ -44,9 +47,8 @@ from training import LossOf, Stage, load_average, run_stage
 BATCH, PARTS = 32, 2
 NEGATIVE_SCORE = 2.5  # what the refiner is run with
 SOFTEST, FALL = 0.1, 7  # what the worst score takes off edges; how late others follow
-NEW_EVERY = 20  # steps from one time that the base draws pictures to the next
 EACH_WEIGHT, STAIN_WEIGHT = 0.2, 4.0  # of unguided predictions; of what is off at once
-PIXELS = 30.0  # how much the error of pixels counts, of a quarter of every picture
+PIXELS = 12.0  # how much the error of pixels counts, of a quarter of every other picture
 CLEAR = 0.2  # sigma up to which what is wrong with the picture counts, not the noise
 SEEDS_FROM = 60_000_000
 
@@ -76,12 +78,12 @@ def train_refiner(
 ) -> Refiner:
     """Train (or resume) the stage `refiner`, with the encoder of the base."""
     torch.manual_seed(5)
-    base = load_base(work).eval().requires_grad_(requires_grad=False)
+    language = load_base(work).language.eval().requires_grad_(requires_grad=False)
     vae = load_vae(work).eval().requires_grad_(requires_grad=False)
     refiner = start_refiner(work)
     stage = Stage(
         refiner,
-        refiner_loss(refiner, base, vae, Latents(work)),
+        refiner_loss(refiner, language, vae, load_pictures(work)),
         steps=steps,
         rate=rate,
         threads=PARTS,
@@ -92,10 +94,13 @@ def train_refiner(
 
 
 def start_refiner(work: Path) -> Refiner:
-    """Return a new refiner, or the one that `work` starts from."""
+    """Return the refiner that `work` starts from, or a new one out of the base."""
     refiner, folder = Refiner(), start_folder(work, "refiner")
     if folder.exists():
-        refiner.unet = UNet2DConditionModel.from_pretrained(folder / "unet").train()
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    else:
+        unet = upper_levels(load_base(work).unet)
+    refiner.unet = unet.train()
     return refiner
 
 
@@ -107,20 +112,21 @@ def load_refiner(work: Path) -> Refiner:
 
 
 def refiner_loss(
-    refiner: Refiner, base: Model, vae: AutoencoderKL, data: Latents
+    refiner: Refiner,
+    language: Language,
+    vae: AutoencoderKL,
+    pictures: Mapping[tuple[int, ...], Sequence[Picture]],
 ) -> LossOf:
     """Return the loss of a step: of a score's prediction, 2.5's, and both guided."""
-    teaching = [Teaching(base, vae, data) for _ in range(PARTS)]
+    teaching = [Teaching(pictures) for _ in range(PARTS)]
     with torch.no_grad():
-        empty = second_encoding(base.language, [""])
+        empty = second_encoding(language, [""])
 
     def loss_of(step: int, part: int) -> dict[str, torch.Tensor]:
         seed = SEEDS_FROM + PARTS * step + part
         rng, source = random.Random(seed), torch.Generator().manual_seed(seed)
-        anew = step % NEW_EVERY == 0
-        asked = teaching[part].lesson(BATCH // PARTS, rng, source, anew=anew)
-        x, timesteps = asked.x, asked.timesteps
-        context = asked.context[..., -empty[0].shape[-1] :]
+        asked = teaching[part].lesson(BATCH // PARTS, rng, source)
+        x, timesteps, context = asked.x, asked.timesteps, asked.context
         scores = asked.scores
         negative = torch.full_like(scores, NEGATIVE_SCORE)
         found, low = refiner.noise_in(
@@ -146,11 +152,11 @@ def refiner_loss(
         errors = errors * (SIGMAS[timesteps] / CLEAR).square().clamp(max=1)
         guided = low + GUIDANCE * (found - low)
         asked.step(guided.detach())
-        part_of = window(right.shape[2:], rng)
+        part_of = slice(step % 2, None, 2), *window(right.shape[2:], rng)
         drawn = decoded(vae, noise_free(x, guided, timesteps)[part_of])
         with torch.no_grad():
-            pictures = decoded(vae, right[part_of])
-        pixels = (drawn - pictures).square().mean()
+            wanted = decoded(vae, right[part_of])
+        pixels = (drawn - wanted).square().mean()
         return {"loss": errors.mean() + PIXELS * pixels, "pixels": pixels}
 
     return loss_of

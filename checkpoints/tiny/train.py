@@ -8,14 +8,15 @@
     python checkpoints/tiny/train.py calibrate --work FOLDER  # the base's guidance
     python checkpoints/tiny/train.py mend     --work FOLDER   # the base's colours
     python checkpoints/tiny/train.py lcm      --work FOLDER   # distilled from base
+    python checkpoints/tiny/train.py pictures --work FOLDER   # drawn by the base
     python checkpoints/tiny/train.py refiner  --work FOLDER   # the last steps
     python checkpoints/tiny/train.py export   --work FOLDER base   # base.safetensors
 
 To train shipped weights on, `start` with them, then `latents`, then what is made from
-the base: `lcm`, `refiner`.
+the base: `lcm`, `pictures` and `refiner`.
 
 Development only: needs torch, diffusers and transformers. Seeds are fixed; FOLDER holds
-the state of all stages (about 300 MB). The package itself must be importable (`sdxl`).
+the state of all stages (about 600 MB). The package itself must be importable (`sdxl`).
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from calibrating import train_calibrated
 from consistency import load_lcm, train_lcm
 from denoising import load_base, train_base
 from language import train_language
-from latents import add_chunks
+from latents import Latents, add_chunks
 from mending import train_mended
 from networks import start_folder
+from pictures import Painter, add_pictures
 from refining import load_refiner, train_refiner
 
 from sdxl.convert import convert
@@ -158,6 +160,16 @@ def mend(work: Path, **running: object) -> None:
 def lcm(work: Path, **running: object) -> None:
     """Distil the base into the latent consistency model."""
     train_lcm(work, **running)
+
+
+@main.command()
+@_options
+@click.option("--chunks", default=120, show_default=True, help="Of 36 pictures each.")
+def pictures(work: Path, chunks: int) -> None:
+    """Have the base draw what the refiner learns from; more can be added later."""
+    base = load_base(work).eval().requires_grad_(requires_grad=False)
+    vae = load_vae(work).eval().requires_grad_(requires_grad=False)
+    add_pictures(work, Painter(base, vae, Latents(work)), chunks, say=_say)
 
 
 @main.command()

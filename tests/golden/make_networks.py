@@ -18,10 +18,11 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 def main() -> None:
     from tests.golden.networks_cases import GEOMETRIES
-    from tests.golden.networks_oracle import consistency_outputs, outputs
+    from tests.golden.networks_oracle import consistency_outputs, outputs, short_outputs
 
     made = {name: outputs(name, config) for name, config in GEOMETRIES.items()}
     made["consistency"] = consistency_outputs()
+    made["short"] = short_outputs()
     for name, arrays in made.items():
         path = HERE / f"networks_{name}.npz"
         np.savez_compressed(path, **arrays)

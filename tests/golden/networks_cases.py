@@ -42,6 +42,13 @@ TALL = ModelConfig(
     size_embed_dim=32,
 )
 GEOMETRIES: dict[str, ModelConfig] = {"tiny": TINY, "tall": TALL}
+# Two levels with nothing but a residual block between the halves.
+SHORT = replace(
+    TINY,
+    unet=replace(
+        TINY.unet, channel_mult=(1, 2), transformer_depth=(0, 1), middle_depth=None
+    ),
+)
 # A consistency model: `tiny` with an input for the guidance scale.
 CONSISTENCY = replace(TINY, unet=replace(TINY.unet, time_cond_proj_dim=24))
 LATENT_SIZES = {"tiny": (16, 16), "tall": (24, 8)}

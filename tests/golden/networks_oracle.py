@@ -37,6 +37,7 @@ from tests.golden.networks_cases import (
     GUIDANCE,
     LATENT_SIZES,
     PROMPTS,
+    SHORT,
     STEPS,
     Case,
     cases,
@@ -63,8 +64,11 @@ def build_unet(config: ModelConfig) -> UNet2DConditionModel:
         # The last entry is the middle block's too.
         transformer_layers_per_block=[
             *(max(depth, 1) for depth in unet.transformer_depth[: levels - 1]),
-            unet.middle_depth,
+            unet.middle_depth or unet.transformer_depth[-1],
         ],
+        mid_block_type=(
+            "UNetMidBlock2D" if unet.middle_depth is None else "UNetMidBlock2DCrossAttn"
+        ),
         attention_head_dim=[width // unet.head_dim for width in widths],
         cross_attention_dim=unet.context_dim,
         addition_embed_type="text_time",
@@ -250,6 +254,13 @@ def unet_outputs(
     ).sample
     unet.add_embedding._forward_pre_hooks.clear()
     return {"vector": vectors[0].numpy(), "predicted": predicted.numpy()}
+
+
+@torch.no_grad()
+def short_outputs() -> dict[str, np.ndarray]:
+    """Run the UNet whose middle is a residual block."""
+    made = unet_outputs(SHORT, build_pipeline(SHORT), LATENT_SIZES["tiny"])
+    return {"predicted": made["predicted"]}
 
 
 @torch.no_grad()

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from sdxl.config import TINY, TINY_REFINER, ModelConfig
-from tests.golden.networks_cases import CONSISTENCY, Case, normals
+from tests.golden.networks_cases import CONSISTENCY, SHORT, Case, normals
 
 MODELS: dict[str, ModelConfig] = {
     "tiny": TINY,
     "tiny-refiner": TINY_REFINER,
     "consistency": CONSISTENCY,
+    "short": SHORT,
 }
 HEIGHT, WIDTH = 64, 128
 KARRAS = {

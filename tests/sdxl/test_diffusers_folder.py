@@ -166,6 +166,8 @@ def test_the_files_are_weights_and_settings(sound):
         ("unet", "down_block_types", ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]),
         ("unet", "flip_sin_to_cos", False),
         ("unet", "layers_per_block", [2, 2, 2]),
+        ("unet", "mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
+        ("unet", "mid_block_type", ["UNetMidBlock2D"]),
         ("unet", "norm_eps", 1e-6),
         ("unet", "norm_num_groups", 7),
         ("unet", "projection_class_embeddings_input_dim", 352),

@@ -1,5 +1,7 @@
 """Arithmetic counted from geometry, held to published counts and to torch's counter."""
 
+from dataclasses import replace
+
 import pytest
 
 from sdxl import flops
@@ -17,6 +19,15 @@ def test_networks_without_attention_grow_with_the_area():
     assert flops.transformer(64, 0, 100, 64) == 0
     small, large = (flops.unet(REFINER.unet, side, side) for side in (32, 64))
     assert 3.9 < large / small < 4.1
+
+
+def test_a_middle_without_attention_is_one_residual_block():
+    one = replace(TINY.unet, middle_depth=1)
+    width, area, context = 128, 4 * 4, TINY.unet.context_dim
+    attended = flops.transformer(width, 1, area, context)
+    second = flops.res_block(width, width, area, TINY.unet.time_embed_dim)
+    none = flops.unet(replace(TINY.unet, middle_depth=None), 16, 16)
+    assert flops.unet(one, 16, 16) - none == attended + second
 
 
 def test_a_picture_is_its_texts_its_steps_and_its_decoding():

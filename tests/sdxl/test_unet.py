@@ -121,6 +121,12 @@ def test_the_conditioning_vector_equals_that_of_diffusers(
     assert worst(vector(config, inputs), golden_of(geometry)["vector"]) < 1e-4
 
 
+def test_a_middle_without_attention_is_that_of_diffusers(pipeline_of, golden_of, worst):
+    predicted = run(pipeline_of("short"), LATENT_SIZES["tiny"], "plain")
+
+    assert worst(predicted, golden_of("short")["predicted"]) < 3e-5
+
+
 def test_a_consistency_network_takes_its_guidance_as_diffusers_does(
     pipeline_of, golden_of, worst
 ):

@@ -37,20 +37,59 @@ def learns(work, nets, loss_of, **how):
     )
 
 
-def test_networks_have_the_geometry_of_the_preset():
-    """Oracle: the shapes that `sdxl.layouts` lists for the preset `tiny`."""
-    from denoising import Model
-    from networks import NORM_GROUPS, SCALE_FACTOR, make_vae
+def test_networks_have_the_geometry_of_the_presets():
+    """Oracle: the names and shapes that `sdxl.layouts` lists for them."""
+    from networks import SCALE_FACTOR, make_refiner_unet, make_unet, make_vae
 
-    from sdxl.config import TINY
+    from sdxl.config import TINY, TINY_REFINER
+    from sdxl.layouts import tensor_specs
 
-    model, vae = Model(), make_vae()
-    assert tuple(model.unet.config.block_out_channels) == tuple(
-        TINY.unet.model_channels * m for m in TINY.unet.channel_mult
-    )
-    assert model.unet.config.cross_attention_dim == TINY.unet.context_dim
-    assert vae.config.scaling_factor == TINY.vae.scale_factor == SCALE_FACTOR
-    assert TINY.unet.norm_groups == TINY.vae.norm_groups == NORM_GROUPS
+    networks = {"unet": make_unet(), "vae": make_vae()}
+    for config in (TINY, TINY_REFINER):
+        for component, network in networks.items():
+            shapes = {
+                name: spec.shape_in("diffusers")
+                for spec in tensor_specs(config)
+                if spec.component == component
+                for name in spec.diffusers
+            }
+            ours = network.state_dict()
+            assert {name: tuple(p.shape) for name, p in ours.items()} == shapes
+        networks["unet"] = make_refiner_unet()
+    assert networks["vae"].config.scaling_factor == SCALE_FACTOR
+
+
+@torch.no_grad()
+def test_a_refiner_begins_as_the_bases_upper_levels():
+    """Its way down is the base's, told no first context and no target size, exactly.
+
+    Neither the score nor what lies between its halves changes anything.
+    """
+    from networks import SIZE_EMBED_DIM, TEXT_WIDTH, make_unet, upper_levels
+
+    torch.manual_seed(1)
+    base = make_unet().eval()
+    refiner = upper_levels(base).eval()
+    base.add_embedding.linear_1.weight[:, TEXT_WIDTH + 4 * SIZE_EMBED_DIM :] = 0
+    x, context, pooled = (torch.randn(2, *n) for n in ((4, 8, 8), (77, 32), (32,)))
+    sizes = torch.tensor([[96.0, 128, 16, 0], [128, 192, 0, 8]])
+    deepest = []
+    for net in (base, refiner):
+        keep = net.down_blocks[1].attentions[-1]
+        keep.register_forward_hook(lambda _, __, out: deepest.append(out[0]))
+
+    def noise(net, context, rest):
+        ids = torch.cat((sizes, torch.tensor(rest)), 1)
+        told = {"text_embeds": pooled, "time_ids": ids}
+        return net(x, torch.tensor([99, 49]), context, added_cond_kwargs=told).sample
+
+    noise(base, torch.cat((torch.zeros(2, 77, 32), context), -1), [[128.0, 128]] * 2)
+    first = noise(refiner, context, [[6.0]] * 2)
+    assert torch.equal(*deepest)
+    refiner.mid_block.resnets[0].conv2.weight *= 3
+    assert torch.equal(noise(refiner, context, [[1.0], [2.5]]), first)
+    refiner.up_blocks[0].resnets[0].conv1.weight[:, 0] += 0.1
+    assert not torch.equal(noise(refiner, context, [[6.0]] * 2), first)
 
 
 def test_whitening_changes_latents_and_leaves_pictures_alone():
@@ -259,9 +298,11 @@ def test_consistency_model_nears_the_ends_of_ways_in_50_steps(work, latents):
 def test_refiner_learns_in_50_steps(work, latents):
     from denoising import Model
     from networks import make_vae
+    from pictures import Painter, add_pictures, load_pictures
     from refining import PARTS, Refiner, refiner_loss
 
     base, refiner = Model().requires_grad_(requires_grad=False), Refiner()
     vae = make_vae().requires_grad_(requires_grad=False)
-    loss_of = refiner_loss(refiner, base, vae, latents)
+    add_pictures(work, Painter(base, vae, latents), 3)
+    loss_of = refiner_loss(refiner, base.language, vae, load_pictures(work))
     assert learns(work, refiner, loss_of, rate=1e-3, threads=PARTS)
