@@ -48,7 +48,7 @@ BATCH, PARTS = 32, 2
 NEGATIVE_SCORE = 2.5  # what the refiner is run with
 SOFTEST, FALL = 0.1, 7  # what the worst score takes off edges; how late others follow
 EACH_WEIGHT, STAIN_WEIGHT = 0.2, 4.0  # of unguided predictions; of what is off at once
-PIXELS = 12.0  # how much the error of pixels counts, of a quarter of every other picture
+PIXELS = 12.0  # how much the error of pixels counts, of a quarter of half the pictures
 CLEAR = 0.2  # sigma up to which what is wrong with the picture counts, not the noise
 SEEDS_FROM = 60_000_000
 
