@@ -49,6 +49,7 @@ NEGATIVE_SCORE = 2.5  # what the refiner is run with
 SOFTEST, FALL = 0.1, 7  # what the worst score takes off edges; how late others follow
 EACH_WEIGHT, STAIN_WEIGHT = 0.2, 4.0  # of unguided predictions; of what is off at once
 PIXELS = 12.0  # how much the error of pixels counts, of a quarter of half the pictures
+ASKED = 1.4  # how much more sharpness is asked for than is wanted; a fifth is learned
 CLEAR = 0.2  # sigma up to which what is wrong with the picture counts, not the noise
 SEEDS_FROM = 60_000_000
 
@@ -172,7 +173,7 @@ def edged(asked: Lesson, kept: torch.Tensor) -> torch.Tensor:
     """Return what is asked for with a share (B,) of its edges; beyond 1, sharper."""
     negative = edges_kept(torch.tensor(NEGATIVE_SCORE))
     most = (GUIDANCE - 1) * (1 - negative)
-    sharp = ((kept - 1) / most).clamp(min=0)[:, None, None, None]
+    sharp = ASKED * ((kept - 1) / most).clamp(min=0)[:, None, None, None]
     return softened(asked.righted, kept.clamp(max=1)) + sharp * asked.sharper
 
 

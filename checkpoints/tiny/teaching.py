@@ -21,9 +21,10 @@ from rollouts import replace_some
 
 BEST_SCORE, WORST_SCORE = 6.0, 1.0
 BEST_SHARE = 0.6  # of lessons that ask for the best
+PAIRS = 2  # how often pictures are taken in which no colour can be off; of others, once
 SEEN_SHARE = 0.9  # of starts with the base's pictures, at places that it came through
-LAST, LAST_SHARE = 2, 0.65  # steps that are mostly left to the refiner, and how often
-OFF_SHARE, MOST_OFF = 0.1, 0.35  # of starts with a colour that is off, and how far
+LAST, LAST_SHARE = 2, 0.8  # steps that are mostly left to the refiner, and how often
+OFF_SHARE, MOST_OFF = 0.05, 0.35  # of starts with a colour that is off, and how far
 
 
 @dataclass
@@ -62,7 +63,10 @@ class Teaching:
     """Lessons of every size of picture."""
 
     def __init__(self, pictures: Mapping[tuple[int, ...], Sequence[Picture]]) -> None:
-        self.pictures = pictures
+        self.pictures = {
+            size: (some, [1 if one.off.any() else PAIRS for one in some])
+            for size, some in pictures.items()
+        }
         self.lessons: dict[tuple[int, ...], Lesson] = {}
 
     @torch.no_grad()
@@ -71,7 +75,7 @@ class Teaching:
 
         What its steps have brought to the end is replaced by what begins.
         """
-        counts = [len(some) for some in self.pictures.values()]
+        counts = [len(some) for some, _ in self.pictures.values()]
         (size,) = rng.choices(list(self.pictures), counts)
         if size not in self.lessons:
             self.lessons[size] = self._begin(self.pictures[size], count, rng, source)
@@ -84,13 +88,13 @@ class Teaching:
 
     def _begin(
         self,
-        known: Sequence[Picture],
+        known: tuple[Sequence[Picture], Sequence[int]],
         count: int,
         rng: random.Random,
         source: torch.Generator,
     ) -> Lesson:
-        """Begin at places of low noise with some of the known pictures."""
-        pictures = rng.choices(known, k=count)
+        """Begin at places of low noise with some of the known pictures, by weight."""
+        pictures = rng.choices(*known, k=count)
         share = torch.rand(2, count, 1, 1, 1, generator=source)
         share = torch.where(share[0] < OFF_SHARE, MOST_OFF * share[1], 0.0)
         off = share * torch.stack([picture.off for picture in pictures])
