@@ -155,7 +155,8 @@ def test_a_refiner_is_asked_what_colours_are_off_and_told_the_right_ones(
     assert 500 < len(righted) < 1200  # the others go on
     assert {round(value) for value in righted} <= {0, *range(10, 101, 10)}
     assert 0.6 < np.mean(np.abs(righted) > 1) < 0.9  # eight ninths are the base's
-    assert 0.03 < np.mean(np.abs(off) > 1) < 0.1
+    share = np.mean(np.abs(off) > 1)  # not of all: pairs have none, nor have unasked
+    assert teaching.OFF_SHARE / 4 < share < teaching.OFF_SHARE
     assert max(off) <= 0.35 * 100
     assert np.mean(np.array(places) == 1) > 0.5  # two steps are left
 
