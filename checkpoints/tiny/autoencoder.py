@@ -95,9 +95,9 @@ def vae_loss(vae: AutoencoderKL, steps: int) -> LossOf:
         kl = posterior.kl().float().mean() / z[0].numel()
         l1 = (weight * (y - x).abs()).mean()
         l2 = (weight * (y - x).square()).mean()
-        pairs = zip(_edges(y), _edges(x), strict=True)
-        edges = sum((a - b).abs().mean() for a, b in pairs)
-        loss = l1 + 2 * l2 + 0.5 * edges + KL_WEIGHT * kl
+        pairs = zip(edges(y), edges(x), strict=True)
+        slopes = sum((a - b).abs().mean() for a, b in pairs)
+        loss = l1 + 2 * l2 + 0.5 * slopes + KL_WEIGHT * kl
         return {"loss": loss, "l1": l1, "kl": kl}
 
     return loss_of
@@ -109,7 +109,8 @@ def _weight(x: torch.Tensor) -> torch.Tensor:
     return 1 + 3 * ((x - ground).abs().amax(1, keepdim=True) > 0.15).float()
 
 
-def _edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the steps between pixels (..., H, W): across, and down."""
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 

@@ -7,10 +7,7 @@ learning, which wants thousands of pictures, and each many times; so they are ke
 chunk files that can be added to.
 
 An end's colours are put right, as in `mending`, but only where they are wrong or nearly
-so, for what is recoloured loses some of its shape. How it would be sharper is found in
-pixels, for in latents, what is sharpened changes its colour. What a wrong colour would
-change is kept as well, where all things have one colour: in pairs, so small a network
-would take one thing for the other.
+so, for what is recoloured loses some of its shape.
 """
 
 from __future__ import annotations
@@ -18,18 +15,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from denoising import Model, some_captions
 from diffusers import AutoencoderKL
-from latents import Latents, sharpened
-from mending import added_by, decoded, in_color
+from latents import Latents
+from mending import in_color
 from networks import TEXT_WIDTH
 from rollouts import GUIDANCE, Rollouts, scenes_told
-from scenes import OBJECT_COLORS, Scene
 from training import write_state
 
 HIGHEST_TIMESTEP = 200
@@ -37,7 +33,6 @@ STRIDES = (40, 60)  # timesteps of steps: of 50, twenty are a whole way
 USUAL_STRIDE, USUAL_SHARE = 50, 0.7  # of batches that the base draws as it usually is
 DRAWN, DRAWINGS = 32, 4  # pictures of a chunk: the base's, and drawings
 NEAR = 0.6  # of the distance to other colours, up to which one is right
-SHARPER = 0.75  # how much of what edges stand out is added to them
 THREADS = 2
 SEEDS_FROM = 65_000_000
 
@@ -46,19 +41,17 @@ SEEDS_FROM = 65_000_000
 class Picture:
     """One picture: its latents, and what they should be with the right colours.
 
-    latents, righted, off, sharper (4, h, w), the last two what wrong colours and
-    sharper edges would add; context (77, C) of the second encoder, pooled (C,),
-    time_ids (6,); `seen`: x on the way to it, and timesteps; how many of these a step
-    takes.
+    latents, righted (4, h, w); context (77, C) of the second encoder, pooled (C,),
+    time_ids (6,); whether it is of a pair; `seen`: x on the way to it, and timesteps;
+    how many of these a step takes.
     """
 
     latents: torch.Tensor
     righted: torch.Tensor
-    off: torch.Tensor
-    sharper: torch.Tensor
     context: torch.Tensor
     pooled: torch.Tensor
     time_ids: torch.Tensor
+    pair: bool
     seen: list[tuple[torch.Tensor, int]]
     stride: int
 
@@ -94,9 +87,9 @@ class Painter:
             end = on.step(*self.base.both_noises_in(*on.question), source)
         seen = [[(x[n], int(t[n])) for x, t in ways] for n in range(len(end))]
         told = on.context[..., -TEXT_WIDTH:], on.pooled, on.time_ids
-        righted = self._recolored(end, on.asked, NEAR)
+        righted = self._recolored(end, on.asked)
         strides = [stride] * len(seen)
-        return self._pictures(end, righted, on.asked, told, seen, strides, rng)
+        return _pictures(end, righted, on.asked, told, seen, strides)
 
     def _drawings(self, size: tuple[int, ...], rng: random.Random) -> list[Picture]:
         """Take drawings as they are."""
@@ -107,41 +100,27 @@ class Painter:
         asked, none = scenes_told(batch.scenes, texts), [[] for _ in texts]
         strides = [rng.randint(*STRIDES) for _ in texts]
         drawings = batch.latents
-        return self._pictures(drawings, drawings, asked, told, none, strides, rng)
+        return _pictures(drawings, drawings, asked, told, none, strides)
 
-    def _pictures(
-        self,
-        latents: torch.Tensor,
-        righted: torch.Tensor,
-        asked: np.ndarray,
-        told: tuple[torch.Tensor, ...],
-        seen: Sequence[list[tuple[torch.Tensor, int]]],
-        strides: Sequence[int],
-        rng: random.Random,
-    ) -> list[Picture]:
-        """Find what wrong colours and sharper edges would add to each."""
-        wrong = np.empty(len(asked), object)
-        for n, scene in enumerate(asked):
-            plain = scene is not None and scene.kind != "two"
-            wrong[n] = miscolored(scene, rng) if plain else None
-        off = self._recolored(latents, wrong) - latents
-        sharper = self._sharper(righted)
-        each = zip(latents, righted, off, sharper, *told, seen, strides, strict=True)
-        return [Picture(*values) for values in each]
-
-    def _recolored(
-        self, latents: torch.Tensor, scenes: np.ndarray, near: float = 0.0
-    ) -> torch.Tensor:
+    def _recolored(self, latents: torch.Tensor, scenes: np.ndarray) -> torch.Tensor:
         """Return latents (B, 4, h, w) in the colours of scenes (B,), if any."""
         where = [n for n, scene in enumerate(scenes) if scene is not None]
         recolored = latents.clone()
-        recolored[where] += in_color(self.vae, latents[where], scenes[where], near)[1]
+        recolored[where] += in_color(self.vae, latents[where], scenes[where], NEAR)[1]
         return recolored
 
-    def _sharper(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return what makes latents (B, 4, h, w) those of a sharper picture."""
-        pictures = decoded(self.vae, latents).clamp(-1, 1)
-        return added_by(self.vae, pictures, sharpened(pictures, SHARPER))
+
+def _pictures(
+    latents: torch.Tensor,
+    righted: torch.Tensor,
+    asked: np.ndarray,
+    told: tuple[torch.Tensor, ...],
+    seen: Sequence[list[tuple[torch.Tensor, int]]],
+    strides: Sequence[int],
+) -> list[Picture]:
+    pairs = [scene is not None and scene.kind == "two" for scene in asked]
+    each = zip(latents, righted, *told, pairs, seen, strides, strict=True)
+    return [Picture(*values) for values in each]
 
 
 def add_pictures(
@@ -180,13 +159,3 @@ def load_pictures(work: Path) -> dict[tuple[int, ...], list[Picture]]:
             f"{folder}: no pictures; `train.py pictures` draws them"
         )
     return by_size
-
-
-def miscolored(scene: Scene, rng: random.Random) -> Scene:
-    """Return the scene with other colours for its things, none the background's."""
-    new = {}
-    for color in sorted({thing.color for thing in scene.things}):
-        taken = (color, scene.background)
-        new[color] = rng.choice([name for name in OBJECT_COLORS if name not in taken])
-    things = tuple(replace(thing, color=new[thing.color]) for thing in scene.things)
-    return replace(scene, things=things)

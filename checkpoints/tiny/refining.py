@@ -4,12 +4,11 @@ Design: it begins as the base's upper levels, which do nearly all of that fifth,
 learns from the base's pictures (`pictures`, `teaching`). What it is to predict is the
 noise that leaves a picture with its colours put right and a share of its edges kept, by
 the aesthetic score. It is run at a guidance of 5 between a score and 2.5, which
-overshoots that share; it therefore falls slowly at first. Beyond the whole of them,
-edges are not raised in latents, which would raise colours too, but are steeper, as in a
-picture that was sharpened, fully at 6; 1 keeps little more than half of them. That
-guided prediction is held to what it should be as well, as in `calibrating`, and more
-than the others: it is what pictures are made of. It is compared in pixels too, as in
-`mending`: neighbours among colours are near each other in latents.
+overshoots that share; it therefore falls slowly at first; 1 keeps little more than half
+of them, and 6 all. That guided prediction is held to what it should be as well, as in
+`calibrating`, and more than the others: it is what pictures are made of. It is compared
+in pixels too, as in `mending`: neighbours among colours are near each other in latents.
+Steeper edges than the base's are the decoder's affair (`sharpening`).
 
 Without a caption, it is to leave the colours that it sees; with one, to go a fifth of
 the way to those asked for, which guidance makes the whole. The refiner reads the second
@@ -40,7 +39,7 @@ from mending import decoded
 from networks import make_refiner_unet, start_folder, upper_levels
 from pictures import Picture, load_pictures
 from rollouts import GUIDANCE
-from teaching import BEST_SCORE, WORST_SCORE, Lesson, Teaching
+from teaching import BEST_SCORE, WORST_SCORE, Teaching
 from torch import nn
 from training import LossOf, Stage, load_average, run_stage
 
@@ -49,7 +48,6 @@ NEGATIVE_SCORE = 2.5  # what the refiner is run with
 SOFTEST, FALL = 0.1, 7  # what the worst score takes off edges; how late others follow
 EACH_WEIGHT, STAIN_WEIGHT = 0.2, 4.0  # of unguided predictions; of what is off at once
 PIXELS = 12.0  # how much the error of pixels counts, of a quarter of half the pictures
-ASKED = 1.4  # how much more sharpness is asked for than is wanted; a fifth is learned
 CLEAR = 0.2  # sigma up to which what is wrong with the picture counts, not the noise
 SEEDS_FROM = 60_000_000
 
@@ -138,7 +136,8 @@ def refiner_loss(
             torch.cat([refiner_ids(asked.time_ids, s) for s in (scores, negative)]),
         ).chunk(2)
         kept, least = edges_kept(scores), edges_kept(negative)
-        right = edged(asked, least + GUIDANCE * (kept - least))
+        guided_share = least + GUIDANCE * (kept - least)
+        right = softened(asked.righted, guided_share.clamp(max=1))
         wanted_low = noise_of(x, softened(asked.latents, least), timesteps)
         wanted = noise_of(x, right, timesteps)
         errors = guided_error(
@@ -167,14 +166,6 @@ def edges_kept(scores: torch.Tensor) -> torch.Tensor:
     """Return the share of edges that a score (B,) keeps: 1 at 6, 0.9 at 1."""
     worse = (BEST_SCORE - scores) / (BEST_SCORE - WORST_SCORE)
     return 1 - SOFTEST * worse**FALL
-
-
-def edged(asked: Lesson, kept: torch.Tensor) -> torch.Tensor:
-    """Return what is asked for with a share (B,) of its edges; beyond 1, sharper."""
-    negative = edges_kept(torch.tensor(NEGATIVE_SCORE))
-    most = (GUIDANCE - 1) * (1 - negative)
-    sharp = ASKED * ((kept - 1) / most).clamp(min=0)[:, None, None, None]
-    return softened(asked.righted, kept.clamp(max=1)) + sharp * asked.sharper
 
 
 def window(size: torch.Size, rng: random.Random) -> tuple[slice | EllipsisType, ...]:

@@ -15,31 +15,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from denoising import KEPT, SIGMAS, noise_free, noised
+from denoising import SIGMAS, noise_free, noised
 from pictures import HIGHEST_TIMESTEP, Picture
 from rollouts import replace_some
 
 BEST_SCORE, WORST_SCORE = 6.0, 1.0
 BEST_SHARE = 0.6  # of lessons that ask for the best
-PAIRS = 2  # how often pictures are taken in which no colour can be off; of others, once
+PAIRS = 2  # how often pictures of pairs are taken; others once
 SEEN_SHARE = 0.9  # of starts with the base's pictures, at places that it came through
 LAST, LAST_SHARE = 2, 0.8  # steps that are mostly left to the refiner, and how often
-OFF_SHARE, MOST_OFF = 0.05, 0.35  # of starts with a colour that is off, and how far
 
 
 @dataclass
 class Lesson:
     """What is asked and what is in it: each (B, ...), of one size of picture.
 
-    x at `timesteps`; the latents that are in x, those that the caption asks for, what
-    makes these sharper; the scores that are asked for, and how far a step goes down.
+    x at `timesteps`; the latents that are in x, and those that the caption asks for;
+    the scores that are asked for, and how far a step goes down.
     """
 
     x: torch.Tensor
     timesteps: torch.Tensor
     latents: torch.Tensor
     righted: torch.Tensor
-    sharper: torch.Tensor
     context: torch.Tensor
     pooled: torch.Tensor
     time_ids: torch.Tensor
@@ -64,7 +62,7 @@ class Teaching:
 
     def __init__(self, pictures: Mapping[tuple[int, ...], Sequence[Picture]]) -> None:
         self.pictures = {
-            size: (some, [1 if one.off.any() else PAIRS for one in some])
+            size: (some, [PAIRS if one.pair else 1 for one in some])
             for size, some in pictures.items()
         }
         self.lessons: dict[tuple[int, ...], Lesson] = {}
@@ -95,9 +93,6 @@ class Teaching:
     ) -> Lesson:
         """Begin at places of low noise with some of the known pictures, by weight."""
         pictures = rng.choices(*known, k=count)
-        share = torch.rand(2, count, 1, 1, 1, generator=source)
-        share = torch.where(share[0] < OFF_SHARE, MOST_OFF * share[1], 0.0)
-        off = share * torch.stack([picture.off for picture in pictures])
         latents = torch.stack([picture.latents for picture in pictures])
         timesteps = torch.randint(HIGHEST_TIMESTEP, (count,), generator=source)
         x = noised(latents, torch.randn(latents.shape, generator=source), timesteps)
@@ -106,15 +101,14 @@ class Teaching:
                 usual = rng.random() < LAST_SHARE
                 place = picture.seen[-LAST] if usual else rng.choice(picture.seen)
                 x[n], timesteps[n] = place
-        names = ("righted", "sharper", "context", "pooled", "time_ids")
+        names = ("righted", "context", "pooled", "time_ids")
         told = {n: torch.stack([getattr(p, n) for p in pictures]) for n in names}
-        kept = KEPT.float()[timesteps][:, None, None, None]
         draws = torch.rand(2, count, generator=source)
         worse = torch.where(draws[0] < BEST_SHARE, 0.0, draws[1])
         return Lesson(
-            x=x + kept.sqrt() * off,
+            x=x,
             timesteps=timesteps,
-            latents=latents + off,
+            latents=latents,
             scores=BEST_SCORE - (BEST_SCORE - WORST_SCORE) * worse,
             strides=torch.tensor([picture.stride for picture in pictures]),
             **told,

@@ -10,10 +10,11 @@
     python checkpoints/tiny/train.py lcm      --work FOLDER   # distilled from base
     python checkpoints/tiny/train.py pictures --work FOLDER   # drawn by the base
     python checkpoints/tiny/train.py refiner  --work FOLDER   # the last steps
+    python checkpoints/tiny/train.py sharpen  --work FOLDER   # the refiner's decoder
     python checkpoints/tiny/train.py export   --work FOLDER base   # base.safetensors
 
 To train shipped weights on, `start` with them, then `latents`, then what is made from
-the base: `lcm`, `pictures` and `refiner`.
+the base: `lcm`, `pictures`, `refiner` and `sharpen`.
 
 Development only: needs torch, diffusers and transformers. Seeds are fixed; FOLDER holds
 the state of all stages (about 600 MB). The package itself must be importable (`sdxl`).
@@ -40,6 +41,7 @@ from mending import train_mended
 from networks import start_folder
 from pictures import Painter, add_pictures
 from refining import load_refiner, train_refiner
+from sharpening import load_sharp_vae, train_sharp_vae
 
 from sdxl.convert import convert
 
@@ -180,6 +182,13 @@ def refiner(work: Path, **running: object) -> None:
 
 
 @main.command()
+@_training(steps=400, rate=1e-4)
+def sharpen(work: Path, **running: object) -> None:
+    """Train the refiner's decoder."""
+    train_sharp_vae(work, **running)
+
+
+@main.command()
 @_options
 @click.argument("model", type=click.Choice(MODELS))
 @click.option("--to", type=click.Path(path_type=Path), help="File to write.")
@@ -196,7 +205,8 @@ def export(work: Path, model: str, to: Path | None) -> None:
 def save_diffusers(work: Path, model: str, folder: Path) -> None:
     """Save a trained model's parts as a diffusers folder, float32."""
     language = load_base(work).language
-    load_vae(work).save_pretrained(folder / "vae")
+    vae = load_sharp_vae(work) if model == "refiner" else load_vae(work)
+    vae.save_pretrained(folder / "vae")
     language.second.save_pretrained(folder / "text_encoder_2")
     if model != "refiner":
         language.first.save_pretrained(folder / "text_encoder")

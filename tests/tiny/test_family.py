@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 from asking import LCM, drawn, load_refined, seen
+from drawing import draw
 from judge import judge, sharpness
+from scenes import draw_scene
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +17,21 @@ def test_the_refiner_draws_what_the_base_began(refined):
     pixels = drawn(refined, "a blue heart on a yellow background")
     right = [(f.color, f.shape) == ("blue", "heart") for f in seen(pixels)]
     assert sum(right) >= 6
+
+
+def test_the_refiners_decoder_draws_the_bases_latents_with_steeper_edges(refined):
+    """Of the same drawings, both encoders' latents are equal; 1.1 is a lower bound."""
+    scenes = [draw_scene(seed, kind="one") for seed in range(2000, 2016)]
+    drawings = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    latents, deviations = refined.base.autoencoder.posterior(drawings, 8)
+    others = refined.refiner.autoencoder.posterior(drawings, 8)
+    assert np.array_equal(latents, others[0])
+    assert np.array_equal(deviations, others[1])
+    soft, sharp = (
+        np.mean([sharpness(picture) for picture in model.decode(latents, 8)])
+        for model in (refined.base, refined.refiner)
+    )
+    assert sharp > 1.1 * soft
 
 
 def test_a_high_aesthetic_score_makes_sharp_edges(refined):

@@ -306,3 +306,40 @@ def test_refiner_learns_in_50_steps(work, latents):
     add_pictures(work, Painter(base, vae, latents), 3)
     loss_of = refiner_loss(refiner, base.language, vae, load_pictures(work))
     assert learns(work, refiner, loss_of, rate=1e-3, threads=PARTS)
+
+
+@pytest.mark.slow
+def test_refiners_decoder_learns_in_50_steps(work, latents):
+    from denoising import Model
+    from networks import make_vae
+    from pictures import Painter, add_pictures, load_pictures
+    from sharpening import PARTS, sharpening_loss
+
+    teacher = make_vae().requires_grad_(requires_grad=False)
+    base = Model().requires_grad_(requires_grad=False)
+    add_pictures(work, Painter(base, teacher, latents), 3)
+    vae = make_vae()
+    loss_of = sharpening_loss(vae, teacher, load_pictures(work))
+    assert learns(work, vae, loss_of, rate=1e-3, threads=PARTS)
+
+
+def test_the_refiner_alone_is_given_its_decoder(work):
+    from autoencoder import load_vae
+    from networks import make_vae, start_folder
+    from sharpening import load_sharp_vae, start_sharp_vae
+    from training import Stage
+
+    def decoder(vae):
+        return vae.decoder.conv_in.weight.data
+
+    make_vae().save_pretrained(start_folder(work, "base") / "vae")
+    begun = decoder(load_vae(work))
+    assert torch.equal(decoder(load_sharp_vae(work)), begun)
+    made = make_vae()
+    made.save_pretrained(start_folder(work, "refiner") / "vae")
+    assert torch.equal(decoder(start_sharp_vae(work)), decoder(made))
+    trained = make_vae()
+    Stage(trained, None, steps=0, rate=1e-3, state_file=work / "sharpen.pt").save()
+    assert torch.equal(decoder(load_sharp_vae(work)), decoder(trained))
+    assert torch.equal(decoder(start_sharp_vae(work)), decoder(made))
+    assert torch.equal(decoder(load_vae(work)), begun)

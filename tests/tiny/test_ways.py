@@ -5,7 +5,6 @@ own ends at that picture, whatever the steps.
 """
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ import teaching  # noqa: E402
 from denoising import Model, noise_of  # noqa: E402
 from latents import CHUNK, Latents  # noqa: E402
 from rollouts import OTHER_GUIDANCE, Rollouts  # noqa: E402
-from scenes import OBJECT_COLORS, draw_scene  # noqa: E402
+from scenes import OBJECT_COLORS  # noqa: E402
 from solving import Solving  # noqa: E402
 
 
@@ -105,7 +104,7 @@ def test_lessons_name_the_picture_that_a_way_has_led_to(data, model):
     assert any(x.mean() > 5 for x, _ in drawn_anew)
 
 
-def test_a_refiner_is_asked_what_colours_are_off_and_told_the_right_ones(
+def test_a_refiner_is_asked_what_the_base_came_through_and_told_the_right_colours(
     data, model, tmp_path, monkeypatch
 ):
     """Colours add ten times their number here, so that none can be taken for noise."""
@@ -120,7 +119,6 @@ def test_a_refiner_is_asked_what_colours_are_off_and_told_the_right_ones(
         return noise, noise
 
     monkeypatch.setattr(pictures, "in_color", in_color)
-    monkeypatch.setattr(pictures.Painter, "_sharper", lambda _, latents: 0 * latents)
     monkeypatch.setattr(model, "both_noises_in", both_noises_in)
     painter = pictures.Painter(model, None, data)
     pictures.add_pictures(tmp_path, painter, 3)
@@ -130,14 +128,12 @@ def test_a_refiner_is_asked_what_colours_are_off_and_told_the_right_ones(
     drawn = [one for some in known.values() for one in some]
     assert len(drawn) == 12 * (pictures.DRAWN + pictures.DRAWINGS)
     assert {len(one.seen) for one in drawn} <= {0, 3, 4, 5}
-    told = [one for one in drawn if one.seen and one.off.any()]
-    assert told
-    assert not any(torch.equal(one.off, one.righted - one.latents) for one in told)
-    assert any(one.seen and not one.off.any() for one in drawn)  # pairs
+    share = np.mean([one.pair for one in drawn])
+    pairs = {tuple(one.pooled.tolist()) for one in drawn if one.pair}
 
     rng, source = random.Random(0), torch.Generator().manual_seed(0)
     lessons = teaching.Teaching(known)
-    righted, off, places, over = [], [], [], {}
+    righted, paired, places, over = [], [], [], {}
     for _ in range(120):
         asked = lessons.lesson(16, rng, source)
         z = picture(asked.time_ids, asked.x.shape)
@@ -148,25 +144,12 @@ def test_a_refiner_is_asked_what_colours_are_off_and_told_the_right_ones(
         assert (asked.timesteps >= 0).all()
         new = over.get(asked.x.shape, torch.full((16,), True))
         righted += (asked.righted - z).mean((1, 2, 3))[new].tolist()
-        off += (asked.latents - z).mean((1, 2, 3))[new].tolist()
+        paired += [tuple(told) in pairs for told in asked.pooled[new].tolist()]
         places += (asked.timesteps // asked.strides)[new].tolist()
         asked.step(noise_of(asked.x, asked.righted, asked.timesteps))
         over[asked.x.shape] = asked.timesteps < 0
     assert 500 < len(righted) < 1200  # the others go on
     assert {round(value) for value in righted} <= {0, *range(10, 101, 10)}
     assert 0.6 < np.mean(np.abs(righted) > 1) < 0.9  # eight ninths are the base's
-    share = np.mean(np.abs(off) > 1)  # not of all: pairs have none, nor have unasked
-    assert teaching.OFF_SHARE / 4 < share < teaching.OFF_SHARE
-    assert max(off) <= 0.35 * 100
+    assert np.mean(paired) == pytest.approx(2 * share / (1 + share), abs=0.05)
     assert np.mean(np.array(places) == 1) > 0.5  # two steps are left
-
-
-def test_wrong_colours_are_neither_the_right_ones_nor_the_background():
-    rng = random.Random(0)
-    for seed in range(300):
-        scene = draw_scene(seed)
-        wrong = pictures.miscolored(scene, rng)
-        assert len(wrong.things) == len(scene.things)
-        for one, other in zip(wrong.things, scene.things, strict=True):
-            assert one.color not in (other.color, scene.background)
-            assert replace(one, color=other.color) == other
