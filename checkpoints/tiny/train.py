@@ -12,6 +12,7 @@
     python checkpoints/tiny/train.py refiner  --work FOLDER   # the last steps
     python checkpoints/tiny/train.py sharpen  --work FOLDER   # the refiner's decoder
     python checkpoints/tiny/train.py export   --work FOLDER base   # base.safetensors
+    python checkpoints/tiny/train.py mean A B --to FILE            # of exported files
 
 To train shipped weights on, `start` with them, then `latents`, then what is made from
 the base: `lcm`, `pictures`, `refiner` and `sharpen`.
@@ -41,12 +42,14 @@ from mending import train_mended
 from networks import start_folder
 from pictures import Painter, add_pictures
 from refining import load_refiner, train_refiner
+from safetensors.torch import load_file, save_file
 from sharpening import load_sharp_vae, train_sharp_vae
 
 from sdxl.convert import convert
 
 HERE = Path(__file__).parent
 MODELS = ("base", "lcm", "refiner")
+DENOISER = "model.diffusion_model."
 
 
 @click.group(help=__doc__)
@@ -200,6 +203,19 @@ def export(work: Path, model: str, to: Path | None) -> None:
         save_diffusers(work, model, folder / "diffusers")
         convert(folder / "diffusers", folder / to.name, layout="original", dtype="fp16")
         shutil.copyfile(folder / to.name, to)
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--to", type=click.Path(path_type=Path), required=True)
+def mean(files: tuple[Path, ...], to: Path) -> None:
+    """Write the mean of the denoisers in exported FILES; the rest is the first's."""
+    weights = [load_file(file) for file in files]
+    for key, value in weights[0].items():
+        if key.startswith(DENOISER):
+            each = torch.stack([one[key].float() for one in weights])
+            weights[0][key] = each.mean(0).to(value.dtype)
+    save_file(weights[0], to, metadata={"format": "pt"})
 
 
 def save_diffusers(work: Path, model: str, folder: Path) -> None:

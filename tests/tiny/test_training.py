@@ -92,6 +92,22 @@ def test_a_refiner_begins_as_the_bases_upper_levels():
     assert not torch.equal(noise(refiner, context, [[6.0]] * 2), first)
 
 
+def test_the_mean_is_of_denoisers_and_the_rest_is_the_firsts(tmp_path):
+    from click.testing import CliRunner
+    from safetensors.torch import load_file, save_file
+    from train import main
+
+    files = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    names = ("model.diffusion_model.out.2.bias", "first_stage_model.quant_conv.bias")
+    for value, file in zip((1.0, 2.5), files, strict=False):
+        save_file({name: torch.full((3,), value).half() for name in names}, file)
+    arguments = ["mean", *map(str, files[:2]), "--to", str(files[2])]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    found = {name: value.tolist() for name, value in load_file(files[2]).items()}
+    assert found == dict(zip(names, ([1.75] * 3, [1.0] * 3), strict=True))
+
+
 def test_whitening_changes_latents_and_leaves_pictures_alone():
     """Oracle: the autoencoder before; float32 rounding, largest seen 2e-6."""
     from autoencoder import whiten
